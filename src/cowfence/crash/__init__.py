@@ -1,0 +1,1 @@
+"""The crash explorer: record, enumerate, judge."""

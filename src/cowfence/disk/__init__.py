@@ -1,0 +1,1 @@
+"""The guest's view of a disk, whatever its format."""

@@ -1,0 +1,1 @@
+"""Bytes at offsets in host files. Knows nothing of disk images."""
