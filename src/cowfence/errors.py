@@ -116,7 +116,7 @@ class Closed(CowfenceError):
 
 
 class WouldBlock(CowfenceError):
-    """A call made with ``wait=False`` would have had to wait for the host. Nothing was changed; call again with ``wait=True``."""
+    """A call made with ``wait=False`` would have had to wait for the host. Nothing was changed; call it with ``wait=True``."""
 
     errno = _errno.EAGAIN
 
