@@ -16,7 +16,7 @@ from collections import deque
 from typing import NamedTuple
 
 from cowfence.errors import NoSpace
-from cowfence.qcow2.geometry import MAX_HOST_BITS, MAX_REFCOUNT_TABLE_BYTES, Geometry
+from cowfence.qcow2.geometry import MAX_HOST_BITS, MAX_REFCOUNT_TABLE_BYTES, Geometry, HostOffset
 from cowfence.qcow2.header import refcount_table_patch
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import NeedsCommit
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     """Clusters handed out. ``hole``: they lie past all that was ever written to the file, so they read as zeros."""
 
     first: int
-    count: int
+    clusters: int
     hole: bool
 
 
@@ -40,7 +40,15 @@ class Allocator:
     """Free clusters of one image."""
 
     def __init__(
-        self, name: str, refcounts: Refcounts, layout: Layout, geometry: Geometry, pending: Pending, *, file_bytes: int, holes: bool
+        self,
+        name: str,
+        refcounts: Refcounts,
+        layout: Layout,
+        geometry: Geometry,
+        pending: Pending,
+        *,
+        file_bytes: int,
+        holes: bool,
     ) -> None:
         self._name = name
         self._refcounts = refcounts
@@ -91,8 +99,8 @@ class Allocator:
     def _ready(self, runs: list[Run], *, wait: bool) -> list[Run]:
         try:
             for run in runs:
-                self._layout.check_data(run.first, run.count)
-                self._refcounts.load(run.first, run.count, wait=wait)
+                self._layout.check_data(run.first, run.clusters)
+                self._refcounts.load(run.first, run.clusters, wait=wait)
         except BaseException:
             self.give_back(runs)
             raise
@@ -130,8 +138,8 @@ class Allocator:
     def give_back(self, runs: list[Run]) -> None:
         """Clusters that were reserved and never counted are free again. They may hold bytes by now."""
         for run in runs:
-            self._returned.extend(range(run.first, run.first + run.count))
-            self.free += run.count
+            self._returned.extend(range(run.first, run.first + run.clusters))
+            self.free += run.clusters
 
     def release(self, clusters: list[int]) -> None:
         """Clusters whose count fell to 0, whose unlink is durable, and which no planned read holds."""
@@ -255,5 +263,5 @@ class Allocator:
         self._layout.claim_new(table_offset, clusters, Kind.REFCOUNT_TABLE)
         self._refcounts.table = table
         self._add_self_counting(old_length, blocks, blocks + clusters)
-        self._pending.patch_header(*refcount_table_patch(table_offset, clusters), "header.link")
+        self._pending.patch_header(*refcount_table_patch(HostOffset(table_offset), clusters), "header.link")
         self._pending.free(old.offset >> geometry.cluster_bits, old_length // geometry.table_entries_per_cluster)

@@ -141,5 +141,3 @@ def _table_runs(state: State, view: object, l1_index: int, offset: int, end: int
         if run_host and run_kind is not RunKind.COMPRESSED:
             run_host += run_start - (base + start << bits)
         yield GuestRun(run_kind, run_start, run_end - run_start, run_host, entry)
-
-

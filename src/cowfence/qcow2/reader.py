@@ -12,7 +12,7 @@ from cowfence.errors import Corrupt, WouldBlock
 from cowfence.storage.base import Storage
 
 
-class Cold(Exception):  # noqa: N818 - a signal between plan and caller, never an error that leaves the engine
+class Cold(Exception):
     """Bytes that the plan needs are not in memory. ``warm`` reads them, blocking; call it outside the lock."""
 
     def __init__(self, warm: Callable[[], object]) -> None:
@@ -20,7 +20,7 @@ class Cold(Exception):  # noqa: N818 - a signal between plan and caller, never a
         self.warm = warm
 
 
-class NeedsCommit(Exception):  # noqa: N818 - likewise
+class NeedsCommit(Exception):
     """The plan needs tables or clusters that only a commit can free.
 
     ``then``: what to do under the lock once everything pending is committed, before the plan begins again; it is committed

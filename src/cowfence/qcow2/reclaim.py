@@ -45,7 +45,7 @@ class ClusterReclaimer:
         punch: list[int] = []
         mask = state.geometry.refcounts_per_block - 1
         shift = state.geometry.refcount_block_shift - state.geometry.cluster_bits
-        self._warm({cluster >> shift for entry in freed for cluster in (entry.first, entry.first + entry.count - 1)})
+        self._warm({cluster >> shift for entry in freed for cluster in (entry.first, entry.first + entry.clusters - 1)})
         with state.lock:
             for first, count, discard in freed:
                 for cluster in range(first, first + count):

@@ -64,10 +64,12 @@ class Refcounts:
         return 0 if block is None else block.get(cluster & self._mask)
 
     def load(self, first: int, count: int, *, wait: bool) -> None:
-        """Have the blocks of a run of clusters in memory, so that ``increment`` cannot fail. Raises Corrupt if one is missing."""
+        """Have the blocks of a run of clusters in memory, so that ``increment`` cannot fail. Raises Corrupt."""
         for index in range(first >> self._shift, (first + count - 1 >> self._shift) + 1):
             if self.block(index, wait=wait) is None:
-                raise Corrupt(f"{self._reader.name}: refcount table[{index}]", "its block is gone although clusters were free in it")
+                raise Corrupt(
+                    f"{self._reader.name}: refcount table[{index}]", "its block is missing"
+                )
 
     def increment(self, first: int, count: int = 1) -> None:
         """Each cluster of a run (whose blocks are loaded) has one reference more."""

@@ -56,7 +56,7 @@ class Freed(NamedTuple):
     """Host clusters that lost one reference each; ``discard``: the guest said that it needs them no more."""
 
     first: int
-    count: int
+    clusters: int
     discard: bool
 
 
@@ -159,13 +159,14 @@ class Pending:
             self.changed[offset] = table
         self.header = frozen.header + self.header
         self.freed = frozen.freed + self.freed
-        self.freed_clusters = sum(entry.count for entry in self.freed)
+        self.freed_clusters = sum(entry.clusters for entry in self.freed)
         self.on_linked = frozen.on_linked + self.on_linked
 
 
 def _sector_changes(table: AnyTable, sectors: Iterable[int], stage: Stage, mark: str) -> list[Change]:
     return [
-        Change(stage, 0, table.offset + sector * SECTOR_BYTES, table.sector(sector), mark, table.kind) for sector in sorted(sectors)
+        Change(stage, 0, table.offset + sector * SECTOR_BYTES, table.sector(sector), mark, table.kind)
+        for sector in sorted(sectors)
     ]
 
 
@@ -259,6 +260,10 @@ class Committer:
             with self._lock:
                 self._running = False
                 self._turn.notify_all()
+
+    def busy(self) -> bool:
+        """True if ``commit`` would write, fence or wait. A hint: it may be outdated when it returns."""
+        return bool(self._pending) or self.data_written or self._running or self.broken is not None
 
     def _note(self, number: int) -> None:
         with self._lock:

@@ -15,10 +15,10 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cowfence.errors import NoSpace
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED, decode_l2
 from cowfence.qcow2.entries import Compressed as CompressedEntry
-from cowfence.errors import NoSpace
 from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, HostOffset
 from cowfence.qcow2.header import l1_patch
 from cowfence.qcow2.mapping import RunKind, decode
@@ -271,7 +271,7 @@ def free_entry(state: State, kind: RunKind, entry: int, *, discard: bool) -> Non
 def _clusters(runs: list[Run], skip: int) -> Iterator[tuple[int, bool]]:
     """The clusters of ``runs`` one by one, with whether each is a hole, without the first ``skip``."""
     for run in runs:
-        for cluster in range(run.first, run.first + run.count):
+        for cluster in range(run.first, run.first + run.clusters):
             if skip:
                 skip -= 1
                 continue
