@@ -143,6 +143,11 @@ class Allocator:
 
     def release(self, clusters: list[int]) -> None:
         """Clusters whose count fell to 0, whose unlink is durable, and which no planned read holds."""
+        if self._to_scan:
+            # A block that is still to be scanned will show them then.
+            waiting = set(self._to_scan)
+            per_block = self._geometry.refcounts_per_block
+            clusters = [cluster for cluster in clusters if cluster // per_block not in waiting]
         self._returned.extend(clusters)
         self.free += len(clusters)
 

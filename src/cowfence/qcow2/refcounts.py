@@ -67,9 +67,7 @@ class Refcounts:
         """Have the blocks of a run of clusters in memory, so that ``increment`` cannot fail. Raises Corrupt."""
         for index in range(first >> self._shift, (first + count - 1 >> self._shift) + 1):
             if self.block(index, wait=wait) is None:
-                raise Corrupt(
-                    f"{self._reader.name}: refcount table[{index}]", "its block is missing"
-                )
+                raise Corrupt(f"{self._reader.name}: refcount table[{index}]", "its block is missing")
 
     def increment(self, first: int, count: int = 1) -> None:
         """Each cluster of a run (whose blocks are loaded) has one reference more."""

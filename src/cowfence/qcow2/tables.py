@@ -71,6 +71,11 @@ class Table:
         """A fresh table of ``length_bytes`` whose entries are all 0."""
         return cls(kind, index, offset, array("Q", bytes(length_bytes)), fresh=True)
 
+    @classmethod
+    def empty_table(cls, length_bytes: int) -> Table:
+        """A table of ``length_bytes`` that belongs to no image yet, its entries all 0."""
+        return cls.empty(Kind.L2, 0, 0, length_bytes)
+
     def set(self, index: int, value: int) -> None:
         """Change one entry; its sector is dirty."""
         self.entries[index] = value
