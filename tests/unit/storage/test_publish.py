@@ -169,7 +169,6 @@ def test_a_fence_that_failed_earlier_forbids_publishing(tmp_path: Path, monkeypa
 
 def test_the_file_is_fenced_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    steps: list[str] = []
 
     def watch(name: str, step: str) -> None:
         real = getattr(os, name)
