@@ -71,6 +71,8 @@ class DirectFileStorage(FileStorage):
         return Capabilities(self._block_bytes, plain.atomic_bytes, plain.holes_past_end, plain.punches_holes)
 
     def readv(self, offset: int, buffers: Sequence[WritableBuffer], *, wait: bool = True) -> int:
+        if offset < 0:
+            raise self._negative(offset)
         if not wait:
             raise WouldBlock(f"{self.name}: direct reads always wait for the disk")
         views = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -90,6 +92,8 @@ class DirectFileStorage(FileStorage):
             raise self._failed("read", offset, exc) from exc
 
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        if offset < 0:
+            raise self._negative(offset)
         data = memoryview(buffers[0] if len(buffers) == 1 else b"".join(buffers)).cast("B")
         if not data.nbytes:
             return

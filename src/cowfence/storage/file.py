@@ -171,6 +171,8 @@ class FileStorage:
             raise self._failed("size", 0, exc) from exc
 
     def readv(self, offset: int, buffers: Sequence[WritableBuffer], *, wait: bool = True) -> int:
+        if offset < 0:
+            raise self._negative(offset)
         count = len(buffers)
         if count > _IOV_MAX:
             return self._read_on(offset, buffers, 0, wait)
@@ -211,6 +213,8 @@ class FileStorage:
         raise self._failed("read", offset, cause) from cause
 
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        if offset < 0:
+            raise self._negative(offset)
         try:
             count = len(buffers)
             done = pwritev(self._fd, buffers if count <= _IOV_MAX else buffers[:_IOV_MAX], offset)
@@ -303,13 +307,12 @@ class FileStorage:
         with self._fence_guard:
             if self.failed_fence is not None:
                 raise self.failed_fence
+            fd = self.fileno()
             try:
-                os.fdatasync(self._fd)
+                os.fdatasync(fd)
             except OSError as exc:
-                failure = self._failed("fence", 0, exc)
-                if not isinstance(failure, Closed):
-                    self.failed_fence = failure
-                raise failure from exc
+                self.failed_fence = self._failed("fence", 0, exc)
+                raise self.failed_fence from exc
 
     def extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
         end = min(offset + length_bytes, self.size())
@@ -354,6 +357,10 @@ class FileStorage:
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"{self.name}: storage was never closed", ResourceWarning, stacklevel=2, source=self)
             self.close()
+
+    def _negative(self, offset: int) -> Invalid:
+        # Asked in every call, because the host does not refuse it: to preadv2, offset -1 means the descriptor's position.
+        return Invalid(f"{self.name}: negative offset {offset}")
 
     def _closed(self) -> Closed:
         return Closed(f"{self.name}: the storage is closed")

@@ -17,7 +17,6 @@ What stands at the final name already:
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from contextlib import suppress
 from types import TracebackType
@@ -83,7 +82,7 @@ class NewFile:
 
     def _create_partial(self, direct: bool) -> FileStorage:
         directory, final_name = os.path.split(self._target)
-        ending = f".{secrets.token_hex(4)}.partial"
+        ending = f".{os.urandom(4).hex()}.partial"
         stem = os.fsdecode(os.fsencode(final_name)[: _NAME_BYTES_MAX - len(ending) - 1])
         partial = os.path.join(directory, f".{stem}{ending}")
         try:
