@@ -91,6 +91,7 @@ class Runner:
             self.memory = MemoryStorage(self.memory.snapshot(), name="image")
             self.storage = RecordingStorage(self.memory, self.log, "image")
             self.disk = self._opener(self.storage, True)
+            self.log.note("reopened", data=self.disk.read(0, self.disk.size))
         elif verb == "discard":
             self.log.note("discard.begin", offset=offset, length_bytes=length_bytes)
             self.disk.discard(offset, length_bytes)
@@ -217,6 +218,10 @@ def _note(
         tokens.append(("write", guest.begin_discard(int(str(fields["offset"])), int(str(fields["length_bytes"])))))
     elif entry.event == "end":
         guest.end(tokens.pop()[1])
+    elif entry.event == "reopened":
+        data = fields["data"]
+        assert isinstance(data, bytes)
+        guest.reopen(data)
     elif entry.event == "flush.begin":
         tokens.append(("flush", guest.begin_flush()))
     elif entry.event == "flush.end":

@@ -62,6 +62,16 @@ class GuestModel:
                 if entry.serial == token:
                     entry.acknowledged = True
 
+    def reopen(self, content: bytes) -> None:
+        """The process was killed and the guest came back: what it reads now is what the next flush must keep.
+
+        What was acknowledged and not flushed may be lost from here on.
+        """
+        for history in self._history.values():
+            for entry in history[1:]:
+                entry.acknowledged = False
+        self.end(self.begin_write(0, content))
+
     def begin_flush(self) -> int:
         return self._serial
 
