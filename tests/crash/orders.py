@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant(
         "M3 L2 before refcounts up", "in-place-and-new", order("link", "fence", "prepare", "fence", "reclaim"), clauses=("C5",)
     ),
-    Mutant("M4 refcounts down before L2", "compressed", order("prepare", "fence", "reclaim", "link", "fence"), clauses=("C5",)),
+    Mutant("M4 refcounts down before L2", "compressed", order("prepare", "fence", "reclaim", "link", "fence")),
     Mutant(
         "M5 no fence between PREPARE and LINK, refcount side",
         "in-place-and-new",
