@@ -31,7 +31,6 @@ from cowfence.extents import Extent
 from cowfence.nbd.messages import (
     CHUNK_HEADER,
     DATA_CHUNK,
-    LENGTH_MAX,
     PAYLOAD_MAX_BYTES,
     REQUEST,
     REQUEST_MAGIC,
@@ -61,8 +60,10 @@ from cowfence.nbd.messages import TransmissionFlag as Flag
 from cowfence.units import KIB, MIB
 
 Reply: TypeAlias = Buffer
+Descriptors: TypeAlias = list[tuple[int, int]]
 
 _HEADER_BYTES: Final = REQUEST.size
+_DESCRIPTORS_MAX: Final = 4096
 _SKIP_MAX_BYTES: Final = 2 * PAYLOAD_MAX_BYTES
 _BUFFER_BYTES: Final = 256 * KIB
 _BUFFER_KEEP_BYTES: Final = 4 * MIB
@@ -359,15 +360,23 @@ class ServerTransmission:
             self._reply_failure(out, cookies[index], outcome)
         return blocked
 
-    def answer_one(self, out: list[Reply], request: Request, cookie: int, outcome: Outcome) -> None:
-        """Append the reply to one request that was answered apart from its batch."""
-        batch = Batch()
-        batch.requests.append(request)
-        batch.cookies.append(cookie)
-        if self.answer(out, batch, (outcome,)):
-            self._reply_failure(out, cookie, outcome)
+    def answer_late(self, out: list[Reply], work: Request | Query, cookie: int, result: Outcome | Descriptors) -> None:
+        """Append the reply to a request or query that was done apart from its batch."""
+        if isinstance(work, Request) and not isinstance(result, list):
+            batch = Batch()
+            batch.requests.append(work)
+            batch.cookies.append(cookie)
+            if not self.answer(out, batch, (result,)):
+                return
+        elif isinstance(result, list) and self._context is not None:
+            out.append(encode_status_chunk(cookie, self._context, result))
+            return
+        elif result is None:
+            out.append(encode_simple_reply(cookie))
+            return
+        self._reply_failure(out, cookie, result)
 
-    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome) -> None:
+    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome | Descriptors) -> None:
         # An outcome of the wrong kind or length would put the stream out of step: it is an error of ours, and EIO.
         if isinstance(outcome, CowfenceError):
             self._reply_error(out, cookie, error_number(outcome), str(outcome))
@@ -383,25 +392,6 @@ class ServerTransmission:
         else:
             out.append(encode_simple_reply(cookie))
 
-    def answer_cache(self, out: list[Reply], query: Query, error: CowfenceError | None) -> None:
-        """Append the reply to a CACHE."""
-        if error is None:
-            self._reply_done(out, query.command, query.cookie)
-        else:
-            self._reply_error(out, query.cookie, error_number(error), str(error))
-
-    def answer_status(self, out: list[Reply], query: Query, extents: Iterable[Extent] | CowfenceError) -> None:
-        """Append the reply to a BLOCK_STATUS; iterating over ``extents`` may raise errors of the disk."""
-        try:
-            if isinstance(extents, CowfenceError):
-                raise extents
-            descriptors = block_descriptors(extents, query.offset, query.length_bytes, 1 if query.one else 4096)
-        except CowfenceError as error:
-            self._reply_error(out, query.cookie, error_number(error), str(error))
-            return
-        assert self._context is not None  # _refusal lets no BLOCK_STATUS pass without it
-        out.append(encode_status_chunk(query.cookie, self._context, descriptors))
-
 
 def error_number(error: CowfenceError) -> int:
     """The number that stands on the wire for an error of the tree."""
@@ -414,14 +404,15 @@ def error_number(error: CowfenceError) -> int:
     return NbdErrno.EIO
 
 
-def block_descriptors(extents: Iterable[Extent], offset: int, length_bytes: int, most: int) -> list[tuple[int, int]]:
-    """Descriptors (length in bytes, state) of base:allocation from ``offset``, neighbours of one state merged.
+def block_descriptors(extents: Iterable[Extent], query: Query) -> Descriptors:
+    """Descriptors (length in bytes, state) of base:allocation for a BLOCK_STATUS, neighbours of one state merged.
 
-    At least one and at most ``most``, none past ``offset + length_bytes``. What the extents leave out, or say about other
+    At least one, at most one or 4,096, none past the range asked for. What the extents leave out, or say about other
     ranges, is reported as allocated data, which "a server MAY always safely report".
     """
-    descriptors: list[tuple[int, int]] = []
-    position, end = offset, offset + min(length_bytes, LENGTH_MAX)
+    offset, length_bytes, most = query.offset, query.length_bytes, 1 if query.one else _DESCRIPTORS_MAX
+    descriptors: Descriptors = []
+    position, end = offset, offset + length_bytes
     run_bytes, run_state = 0, 0
     for extent in extents:
         stop = min(extent.start + extent.length_bytes, end)
@@ -440,7 +431,7 @@ def block_descriptors(extents: Iterable[Extent], offset: int, length_bytes: int,
             break
     if run_bytes:
         descriptors.append((run_bytes, run_state))
-    return descriptors or [(min(length_bytes, LENGTH_MAX), 0)]
+    return descriptors or [(length_bytes, 0)]
 
 
 # --- the client's side ---

@@ -1,0 +1,665 @@
+"""The NBD server: sockets around the protocol machines, and disks behind them.
+
+**One thread serves all connections.** It waits for sockets, receives what has come (usually many requests), hands all of it
+to ``Disk.submit(..., wait=False)`` as one batch, and answers with one vectored send. What a disk answers ``BLOCKED`` (cold
+reads, fences), and what may take long in any case (block status, caching), goes to a pool of threads and is answered when it
+is done, in any order; so a slow disk, a flush or a slow client never stops another client.
+
+**Bounds.** Each client has a limit of requests and of bytes that are taken in but not yet answered. At the limit its socket
+is not read; TCP or the Unix socket then holds the client back. A client that does not read its replies fills only its own
+limit. Connections are limited too: beyond it new ones wait in the listen queue, and those that do not finish the handshake in
+time are closed, so that idle ones cannot keep others out for ever.
+
+**Flush.** A FLUSH covers every write whose reply was sent before, on any connection to the export: such a write has been
+acknowledged by the one disk that they share, and ``Disk.flush`` covers all that. Hence CAN_MULTI_CONN.
+
+**Stopping.** ``stop`` may be called from any thread and from a signal handler. New requests are then answered ESHUTDOWN,
+those in flight are finished and answered, and ``serve_forever`` returns when all connections are closed; clients that do
+not take their replies are cut off after a time, but never before the disk has finished with their requests. The disks
+belong to the caller, who closes them afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import select
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from cowfence.disk.base import Disk, Outcome, Request
+from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
+from cowfence.nbd.handshake import ExportInfo, ServerHandshake
+from cowfence.nbd.messages import Command, ProtocolError
+from cowfence.nbd.transmission import (
+    Batch,
+    Descriptors,
+    Query,
+    Reply,
+    ServerTransmission,
+    block_descriptors,
+    export_flags,
+)
+from cowfence.nbd.uri import NbdUri
+from cowfence.units import KIB, MIB
+
+_log = logging.getLogger(__name__)
+
+_IOV_MAX: Final = 1024
+_HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
+_ROUNDS: Final = 4
+_BACKLOG: Final = 128
+_CACHE_STEP_BYTES: Final = MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A disk under a name. ``read_only`` refuses writes even where the disk would take them."""
+
+    disk: Disk
+    read_only: bool = False
+    description: str = ""
+
+    @property
+    def writable(self) -> bool:
+        return self.disk.writable and not self.read_only
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients may cost. Those named ``client_`` hold for each connection.
+
+    ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
+    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
+    """
+
+    connections: int = 100
+    handshake_seconds: float = 10.0
+    client_requests: int = 128
+    client_bytes: int = 64 * MIB
+    client_unsent_bytes: int = 4 * MIB
+    batch_bytes: int = 4 * MIB
+    workers: int = 16
+    stop_seconds: float = 10.0
+
+
+class _ExportTable(Mapping[str, ExportInfo]):
+    """The exports as the handshake sees them; a disk is asked about itself only when a client names it."""
+
+    def __init__(self, exports: Mapping[str, Export]) -> None:
+        self._exports = exports
+
+    def __getitem__(self, name: str) -> ExportInfo:
+        export = self._exports[name]
+        preferred_bytes = 1 << max(export.disk.block_bytes - 1, 0).bit_length()
+        return ExportInfo(
+            name,
+            export.disk.size,
+            export_flags(writable=export.writable),
+            export.description,
+            preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._exports)
+
+    def __len__(self) -> int:
+        return len(self._exports)
+
+
+class _Job(NamedTuple):
+    """Work for the pool: a request of the disk, or a query."""
+
+    connection: _Connection
+    disk: Disk
+    cookie: int
+    work: Request | Query
+    cost_bytes: int
+
+
+class _Done(NamedTuple):
+    """A finished job."""
+
+    job: _Job
+    result: Outcome | Descriptors
+
+
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """One client. ``transmission`` and ``disk`` are there once the handshake is over."""
+
+    sock: socket.socket
+    fd: int
+    handshake: ServerHandshake
+    deadline: float
+    transmission: ServerTransmission | None = None
+    disk: Disk | None = None
+    unsent: deque[Reply] = field(default_factory=deque)
+    unsent_bytes: int = 0
+    jobs: int = 0
+    jobs_bytes: int = 0
+    interest: int = select.EPOLLIN
+    leaving: bool = False
+    closed: bool = False
+
+
+class Server:
+    """Serves exports over NBD. Listen first, then call ``serve_forever`` in the thread that is to do the work.
+
+    The mapping of exports is read when a client asks; entries may be added and taken away between that.
+    """
+
+    def __init__(self, exports: Mapping[str, Export], *, limits: Limits | None = None) -> None:
+        self._exports = exports
+        self._limits = limits or Limits()
+        self._table = _ExportTable(exports)
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._handlers: dict[int, Callable[[int], None]] = {self._wake_fd: self._on_wake}
+        self._listeners: list[socket.socket] = []
+        self._accepting = False
+        self._unix_paths: list[tuple[str, int]] = []
+        self._addresses: list[NbdUri] = []
+        self._connections: dict[int, _Connection] = {}
+        self._negotiating: deque[_Connection] = deque()
+        self._workers = _Workers(self._limits.workers, self._wake)
+        self._stop_wanted = False
+        self._stop_deadline: float | None = None
+        self._closed = False
+
+    # --- listening ---
+
+    def listen_unix(self, path: str) -> str:
+        """Listen at a Unix socket, whose access the umask decides. Returns the path.
+
+        A socket file that nobody listens at any more is replaced. Raises ``Locked`` where a server listens,
+        ``StorageFailed`` where the path cannot be used.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._bind_unix(listener, path)
+        except OSError as error:
+            listener.close()
+            raise StorageFailed(path, "listen", 0, error) from error
+        except CowfenceError:
+            listener.close()
+            raise
+        self._unix_paths.append((path, os.stat(path).st_ino))
+        self._add_listener(listener, NbdUri(socket_path=path))
+        return path
+
+    @staticmethod
+    def _bind_unix(listener: socket.socket, path: str) -> None:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
+                else:
+                    raise Locked(path, "another server listens at this socket") from error
+            listener.bind(path)
+        listener.listen(_BACKLOG)
+
+    def listen_tcp(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Listen at a TCP port; 0 lets the host choose one. Returns the actual address. Raises ``StorageFailed``."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(_BACKLOG)
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            raise StorageFailed(f"{host}:{port}", "listen", 0, error) from error
+        actual: tuple[str, int] = listener.getsockname()[:2]
+        self._add_listener(listener, NbdUri(host=actual[0], port=actual[1]))
+        return actual
+
+    def listen_on(self, listener: socket.socket) -> None:
+        """Serve a listening socket made elsewhere (socket activation). Takes it over."""
+        name = listener.getsockname()
+        if listener.family == socket.AF_UNIX:
+            address = NbdUri(socket_path=name if isinstance(name, str) else os.fsdecode(name))
+        else:
+            address = NbdUri(host=name[0], port=name[1])
+        self._add_listener(listener, address)
+
+    def _add_listener(self, listener: socket.socket, address: NbdUri) -> None:
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._addresses.append(address)
+        self._handlers[listener.fileno()] = lambda _events: self._on_connect(listener)
+        if self._accepting:
+            self._epoll.register(listener, select.EPOLLIN)
+        else:
+            self._accept(wanted=True)
+
+    def uri(self, export: str = "") -> str:
+        """The NBD URI of an export at the first address listened at. Raises ``Invalid`` before that."""
+        if not self._addresses:
+            raise Invalid("the server does not listen yet")
+        first = self._addresses[0]
+        return str(NbdUri(export, first.host, first.port, first.socket_path))
+
+    # --- the loop ---
+
+    def serve_forever(self) -> None:
+        """Serve until ``stop``; then everything is closed and the server cannot be used again."""
+        poll, handlers = self._epoll.poll, self._handlers
+        try:
+            while not self._finished():
+                for fd, events in poll(self._timeout_seconds()):
+                    handler = handlers.get(fd)
+                    if handler is not None:  # else closed by an earlier event of this round
+                        handler(events)
+                if self._negotiating or self._stop_wanted:
+                    self._look_at_clock()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Ask ``serve_forever`` to end. From any thread or signal handler; may be called again, and before it begins."""
+        self._stop_wanted = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # a full counter wakes too; a closed one has nobody to wake
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _timeout_seconds(self) -> float | None:
+        deadlines = [self._negotiating[0].deadline] if self._negotiating else []
+        if self._stop_deadline is not None:
+            deadlines.append(self._stop_deadline)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _finished(self) -> bool:
+        return self._stop_deadline is not None and not self._connections and not self._workers.busy
+
+    def _look_at_clock(self) -> None:
+        if self._stop_wanted and self._stop_deadline is None:
+            self._begin_stop()
+        now = time.monotonic()
+        negotiating = self._negotiating
+        while negotiating and (negotiating[0].closed or negotiating[0].transmission or negotiating[0].deadline <= now):
+            connection = negotiating.popleft()
+            if not connection.closed and connection.transmission is None:
+                self._drop(connection, "the handshake took too long")
+        if self._stop_deadline is not None and self._stop_deadline <= now:
+            for connection in list(self._connections.values()):
+                self._drop(connection, "replies were not taken before the end")
+            # What the disk still has to finish is waited for without a limit.
+            self._stop_deadline = float("inf")
+
+    def _begin_stop(self) -> None:
+        self._stop_deadline = time.monotonic() + self._limits.stop_seconds
+        self._accept(wanted=False)
+        self._close_listeners()
+        for connection in list(self._connections.values()):
+            if connection.transmission is None:
+                self._drop(connection, "the server is stopping")
+            else:
+                connection.transmission.stopping = True
+                self._on_ready(connection, select.EPOLLIN)
+                connection.leaving = True
+                self._settle(connection)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            self._handlers.pop(listener.fileno(), None)
+            listener.close()
+        self._listeners.clear()
+        for path, inode in self._unix_paths:
+            with suppress(OSError):
+                if os.lstat(path).st_ino == inode:
+                    os.unlink(path)
+        self._unix_paths.clear()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._close_listeners()
+        for connection in list(self._connections.values()):
+            self._drop(connection, "the server has ended")
+        self._workers.close()
+        self._epoll.close()
+        wake_fd, self._wake_fd = self._wake_fd, -1
+        os.close(wake_fd)
+
+    # --- connections ---
+
+    def _accept(self, *, wanted: bool) -> None:
+        if wanted == self._accepting or (wanted and self._stop_wanted):
+            return
+        self._accepting = wanted
+        for listener in self._listeners:
+            if wanted:
+                self._epoll.register(listener, select.EPOLLIN)
+            else:
+                self._epoll.unregister(listener)
+
+    def _on_connect(self, listener: socket.socket) -> None:
+        while self._accepting:
+            if len(self._connections) >= self._limits.connections:
+                self._accept(wanted=False)
+                return
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                _log.warning("accept: %s", error)
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and self._connections:
+                    self._accept(wanted=False)  # goes on when a connection ends
+                return
+            sock.setblocking(False)
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            handshake = ServerHandshake(self._table)
+            deadline = time.monotonic() + self._limits.handshake_seconds
+            connection = _Connection(sock, sock.fileno(), handshake, deadline)
+            self._connections[connection.fd] = connection
+            self._negotiating.append(connection)
+            self._epoll.register(connection.fd, connection.interest)
+            self._handlers[connection.fd] = self._handler(connection)
+            self._send(connection, [handshake.receive()])
+
+    def _handler(self, connection: _Connection) -> Callable[[int], None]:
+        return lambda events: self._on_ready(connection, events)
+
+    def _drop(self, connection: _Connection, why: str = "") -> None:
+        """Close a connection now. What the pool still does for it is finished and then forgotten."""
+        if connection.closed:
+            return
+        if why:
+            _log.info("connection closed: %s", why)
+        connection.closed = True
+        del self._connections[connection.fd]
+        del self._handlers[connection.fd]
+        self._epoll.unregister(connection.fd)
+        connection.unsent.clear()
+        connection.sock.close()
+        self._accept(wanted=True)
+
+    def _on_ready(self, connection: _Connection, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._send_more(connection)
+            if connection.closed:
+                return
+            if connection.transmission is not None:
+                self._serve(connection, connection.transmission)
+        if events & select.EPOLLIN and not connection.closed and connection.interest & select.EPOLLIN:
+            if connection.transmission is None:
+                self._negotiate(connection)
+            else:
+                self._receive(connection, connection.transmission)
+        elif events & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(connection)
+        if not connection.closed:
+            self._settle(connection)
+
+    def _settle(self, connection: _Connection) -> None:
+        """Close a connection that has nothing left to do, else wait for what it may do next."""
+        transmission, limits = connection.transmission, self._limits
+        if connection.closed:
+            return
+        if connection.leaving and not connection.jobs and not connection.unsent:
+            if transmission is None or not transmission.has_complete:
+                self._drop(connection)
+            return
+        interest = select.EPOLLOUT if connection.unsent else 0
+        if not connection.leaving and connection.unsent_bytes < limits.client_unsent_bytes and self._has_room(connection):
+            interest |= select.EPOLLIN
+        if interest != connection.interest:
+            connection.interest = interest
+            self._epoll.modify(connection.fd, interest)
+
+    def _has_room(self, connection: _Connection) -> bool:
+        limits = self._limits
+        return (
+            connection.jobs < limits.client_requests
+            and connection.jobs_bytes + connection.unsent_bytes < limits.client_bytes
+            and not (connection.transmission is not None and connection.transmission.has_complete)
+        )
+
+    def _negotiate(self, connection: _Connection) -> None:
+        handshake = connection.handshake
+        try:
+            data = connection.sock.recv(_HANDSHAKE_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        if not data:
+            self._drop(connection)
+            return
+        self._send(connection, [handshake.receive(data)])
+        if connection.closed or not handshake.ended:
+            return
+        agreed = handshake.result
+        export = self._exports.get(agreed.export.name) if agreed is not None else None
+        if agreed is None or export is None:
+            if handshake.problem is not None:
+                _log.info("handshake: %s", handshake.problem)
+            connection.leaving = True
+            return
+        connection.disk = export.disk
+        connection.transmission = ServerTransmission(
+            agreed.export.size_bytes,
+            writable=export.writable,
+            block_bytes=export.disk.block_bytes,
+            structured=agreed.structured,
+            allocation_context=agreed.allocation_context,
+        )
+        connection.transmission.feed(handshake.trailing)
+        self._serve(connection, connection.transmission)
+
+    # --- the hot path ---
+
+    def _receive(self, connection: _Connection, transmission: ServerTransmission) -> None:
+        """Take what has arrived, a few times: what came while the last batch was done saves a turn of the loop."""
+        recv_into = connection.sock.recv_into
+        for _ in range(_ROUNDS):
+            try:
+                count = recv_into(transmission.space())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._drop(connection, str(error))
+                return
+            if not count:
+                connection.leaving = True
+                return
+            transmission.received(count)
+            self._serve(connection, transmission)
+            if connection.closed or connection.leaving or connection.unsent or connection.jobs or transmission.has_complete:
+                return
+
+    def _serve(self, connection: _Connection, transmission: ServerTransmission) -> None:
+        """Do the requests that stand complete in the buffer, as far as the limits allow."""
+        limits, disk = self._limits, connection.disk
+        assert disk is not None  # set together with the transmission
+        while not connection.closed and connection.unsent_bytes < limits.client_unsent_bytes:
+            room_requests = limits.client_requests - connection.jobs
+            room_bytes = limits.client_bytes - connection.jobs_bytes - connection.unsent_bytes
+            if room_requests <= 0 or room_bytes <= 0:
+                return
+            try:
+                batch = transmission.next_batch(room_requests, min(room_bytes, limits.batch_bytes))
+            except ProtocolError as error:
+                self._drop(connection, str(error))
+                return
+            replies = batch.replies
+            if batch.requests:
+                try:
+                    outcomes = disk.submit(batch.requests, wait=False)
+                except CowfenceError as error:
+                    outcomes = [error] * len(batch.requests)
+                blocked = transmission.answer(replies, batch, outcomes)
+                if blocked:
+                    transmission.keep_data(batch, blocked)
+                    self._defer(connection, disk, batch, blocked)
+            for query in batch.queries:
+                self._enqueue(_Job(connection, disk, query.cookie, query, 0))
+            if replies:
+                self._send(connection, replies)
+            if transmission.disconnecting:
+                connection.leaving = True
+            if not transmission.has_complete:
+                return
+
+    def _send(self, connection: _Connection, replies: list[Reply]) -> None:
+        if connection.unsent or len(replies) > _IOV_MAX:
+            connection.unsent.extend(replies)
+            connection.unsent_bytes += sum(map(len, replies))
+            self._send_more(connection)
+            return
+        try:
+            sent = connection.sock.sendmsg(replies)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        total_bytes = sum(map(len, replies))
+        if sent != total_bytes:
+            connection.unsent.extend(replies)
+            connection.unsent_bytes = total_bytes
+            self._sent(connection, sent)
+
+    def _send_more(self, connection: _Connection) -> None:
+        unsent = connection.unsent
+        while unsent:
+            some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
+            try:
+                sent = connection.sock.sendmsg(some)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._drop(connection, str(error))
+                return
+            self._sent(connection, sent)
+
+    @staticmethod
+    def _sent(connection: _Connection, sent: int) -> None:
+        unsent = connection.unsent
+        connection.unsent_bytes -= sent
+        while unsent and sent >= len(unsent[0]):
+            sent -= len(unsent.popleft())
+        if sent:
+            unsent[0] = memoryview(unsent[0])[sent:]
+
+    # --- the pool ---
+
+    def _defer(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
+        for index in blocked:
+            request = batch.requests[index]
+            self._enqueue(_Job(connection, disk, batch.cookies[index], request, request.length_bytes))
+
+    def _enqueue(self, job: _Job) -> None:
+        job.connection.jobs += 1
+        job.connection.jobs_bytes += job.cost_bytes
+        self._workers.submit(job)
+
+    def _on_wake(self, _events: int) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        ready: dict[int, tuple[_Connection, list[Reply]]] = {}
+        for job, result in self._workers.take_done():
+            connection, transmission = job.connection, job.connection.transmission
+            connection.jobs -= 1
+            connection.jobs_bytes -= job.cost_bytes
+            if connection.closed or transmission is None:
+                continue
+            _, replies = ready.setdefault(connection.fd, (connection, []))
+            transmission.answer_late(replies, job.work, job.cookie, result)
+        for connection, replies in ready.values():
+            self._send(connection, replies)
+            if not connection.closed and connection.transmission is not None:
+                self._serve(connection, connection.transmission)
+            self._settle(connection)
+
+
+class _Workers:
+    """A pool of threads, started as they are needed, that does jobs and keeps what came of them for the loop."""
+
+    def __init__(self, most: int, wake: Callable[[], None]) -> None:
+        self._most = most
+        self._wake = wake
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._done: deque[_Done] = deque()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0  # touched by the loop's thread only
+
+    @property
+    def busy(self) -> bool:
+        return self._unfinished > 0
+
+    def submit(self, job: _Job) -> None:
+        self._unfinished += 1
+        if len(self._threads) < min(self._unfinished, self._most):
+            thread = threading.Thread(target=self._work, name=f"nbd-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+
+    def take_done(self) -> list[_Done]:
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        self._unfinished -= len(done)
+        return done
+
+    def close(self) -> None:
+        """Wait for all jobs and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            result: Outcome | Descriptors
+            try:
+                result = _carry_out(job.disk, job.work)
+            except CowfenceError as error:
+                result = error
+            except Exception as error:
+                # A defect of ours must cost one request, not a thread of the pool and with it a hung client.
+                _log.exception("a request failed")
+                result = CowfenceError(f"internal error: {type(error).__name__}")
+            self._done.append(_Done(job, result))
+            self._wake()
+
+
+def _carry_out(disk: Disk, work: Request | Query) -> Outcome | Descriptors:
+    """Do one job, however long it takes."""
+    if isinstance(work, Request):
+        return disk.submit([work], wait=True)[0]
+    if work.command is Command.BLOCK_STATUS:
+        return block_descriptors(disk.extents(work.offset, work.length_bytes), work)
+    buffer = memoryview(bytearray(min(work.length_bytes, _CACHE_STEP_BYTES)))
+    end = work.offset + work.length_bytes
+    for position in range(work.offset, end, _CACHE_STEP_BYTES):
+        disk.read_into(position, buffer[: end - position])
+    return None
