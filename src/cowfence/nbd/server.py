@@ -3,7 +3,9 @@
 **One thread serves all connections.** It waits for sockets, receives what has come (usually many requests), hands all of it
 to ``Disk.submit(..., wait=False)`` as one batch, and answers with one vectored send. What a disk answers ``BLOCKED`` (cold
 reads, fences), and what may take long in any case (block status, caching), goes to a pool of threads and is answered when it
-is done, in any order; so a slow disk, a flush or a slow client never stops another client.
+is done, in any order; so a slow disk, a flush or a slow client never stops another client. One exception: handing a job to a
+thread and back costs more than a quick fence does (tmpfs, disks with a protected cache), so after a row of quick ones the
+next flush is waited for in the loop, until one is slow again.
 
 **Bounds.** Each client has a limit of requests and of bytes that are taken in but not yet answered. At the limit its socket
 is not read; TCP or the Unix socket then holds the client back. A client that does not read its replies fills only its own
@@ -36,7 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from cowfence.disk.base import Disk, Outcome, Request
+from cowfence.disk.base import Disk, Outcome, Request, Verb
 from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
 from cowfence.nbd.handshake import ExportInfo, ServerHandshake
 from cowfence.nbd.messages import Command, ProtocolError
@@ -59,6 +61,8 @@ _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 _ROUNDS: Final = 4
 _BACKLOG: Final = 128
 _CACHE_STEP_BYTES: Final = MIB
+_QUICK_SECONDS: Final = 0.00025
+_QUICK_ROW: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,20 @@ class _ExportTable(Mapping[str, ExportInfo]):
         return len(self._exports)
 
 
+@dataclass(eq=False, slots=True)
+class _Pace:
+    """How quick fences have been lately, as one client has met them: ``quick_row`` in a row stayed below the limit."""
+
+    quick_row: int = 0
+
+    @property
+    def quick(self) -> bool:
+        return self.quick_row >= _QUICK_ROW
+
+    def note(self, seconds: float) -> None:
+        self.quick_row = self.quick_row + 1 if seconds < _QUICK_SECONDS else 0
+
+
 class _Job(NamedTuple):
     """Work for the pool: a request of the disk, or a query."""
 
@@ -127,10 +145,11 @@ class _Job(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """A finished job."""
+    """A finished job, and how long it took."""
 
     job: _Job
     result: Outcome | Descriptors
+    seconds: float
 
 
 @dataclass(eq=False, slots=True)
@@ -143,6 +162,7 @@ class _Connection:
     deadline: float
     transmission: ServerTransmission | None = None
     disk: Disk | None = None
+    pace: _Pace = field(default_factory=_Pace)
     unsent: deque[Reply] = field(default_factory=deque)
     unsent_bytes: int = 0
     jobs: int = 0
@@ -511,12 +531,11 @@ class Server:
                 return
             replies = batch.replies
             if batch.requests:
-                try:
-                    outcomes = disk.submit(batch.requests, wait=False)
-                except CowfenceError as error:
-                    outcomes = [error] * len(batch.requests)
+                outcomes = _submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
+                    if connection.pace.quick and not self._workers.busy:
+                        blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
                     self._defer(connection, disk, batch, blocked)
             for query in batch.queries:
@@ -571,6 +590,21 @@ class Server:
 
     # --- the pool ---
 
+    def _wait_here(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> list[int]:
+        """Do the blocked flushes in the loop while they stay quick; returns what is still blocked."""
+        assert connection.transmission is not None  # it made the batch
+        left = []
+        for index in blocked:
+            request = batch.requests[index]
+            if not connection.pace.quick or not _fences(request):
+                left.append(index)
+                continue
+            began = time.perf_counter()
+            result = _submit(disk, [request], wait=True)[0]
+            connection.pace.note(time.perf_counter() - began)
+            connection.transmission.answer_late(batch.replies, request, batch.cookies[index], result)
+        return left
+
     def _defer(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
         for index in blocked:
             request = batch.requests[index]
@@ -585,8 +619,10 @@ class Server:
         with suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
         ready: dict[int, tuple[_Connection, list[Reply]]] = {}
-        for job, result in self._workers.take_done():
+        for job, result, seconds in self._workers.take_done():
             connection, transmission = job.connection, job.connection.transmission
+            if isinstance(job.work, Request) and _fences(job.work):
+                connection.pace.note(seconds)
             connection.jobs -= 1
             connection.jobs_bytes -= job.cost_bytes
             if connection.closed or transmission is None:
@@ -639,27 +675,45 @@ class _Workers:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            result: Outcome | Descriptors
-            try:
-                result = _carry_out(job.disk, job.work)
-            except CowfenceError as error:
-                result = error
-            except Exception as error:
-                # A defect of ours must cost one request, not a thread of the pool and with it a hung client.
-                _log.exception("a request failed")
-                result = CowfenceError(f"internal error: {type(error).__name__}")
-            self._done.append(_Done(job, result))
+            began = time.perf_counter()
+            if isinstance(job.work, Request):
+                result: Outcome | Descriptors = _submit(job.disk, [job.work], wait=True)[0]
+            else:
+                result = _query(job.disk, job.work)
+            self._done.append(_Done(job, result, time.perf_counter() - began))
             self._wake()
 
 
-def _carry_out(disk: Disk, work: Request | Query) -> Outcome | Descriptors:
-    """Do one job, however long it takes."""
-    if isinstance(work, Request):
-        return disk.submit([work], wait=True)[0]
-    if work.command is Command.BLOCK_STATUS:
-        return block_descriptors(disk.extents(work.offset, work.length_bytes), work)
-    buffer = memoryview(bytearray(min(work.length_bytes, _CACHE_STEP_BYTES)))
-    end = work.offset + work.length_bytes
-    for position in range(work.offset, end, _CACHE_STEP_BYTES):
-        disk.read_into(position, buffer[: end - position])
+def _fences(request: Request) -> bool:
+    return request.verb is Verb.FLUSH or (request.verb is Verb.WRITE and request.fua)
+
+
+def _submit(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
+    """``Disk.submit``, whose failure as a whole is the failure of each request."""
+    try:
+        return disk.submit(requests, wait=wait)
+    except CowfenceError as error:
+        return [error] * len(requests)
+    except Exception as error:
+        return [_defect(error)] * len(requests)
+
+
+def _query(disk: Disk, query: Query) -> Outcome | Descriptors:
+    try:
+        if query.command is Command.BLOCK_STATUS:
+            return block_descriptors(disk.extents(query.offset, query.length_bytes), query)
+        buffer = memoryview(bytearray(min(query.length_bytes, _CACHE_STEP_BYTES)))
+        end = query.offset + query.length_bytes
+        for position in range(query.offset, end, _CACHE_STEP_BYTES):
+            disk.read_into(position, buffer[: end - position])
+    except CowfenceError as error:
+        return error
+    except Exception as error:
+        return _defect(error)
     return None
+
+
+def _defect(error: Exception) -> CowfenceError:
+    # A defect of ours must cost the request that met it, not the loop, and not a thread of the pool and with it a hung client.
+    _log.error("a request met a defect", exc_info=error)
+    return CowfenceError(f"internal error: {type(error).__name__}")
