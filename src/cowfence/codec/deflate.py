@@ -1,0 +1,47 @@
+"""Compression type 0: raw deflate streams (RFC 1951) without zlib headers, one for each cluster.
+
+Only whole sectors are counted in an L2 entry, so that the input goes on behind the stream with whatever stands there, often the
+next cluster's stream. Decompression stops when it has produced a cluster of data (specification, "Compressed Clusters
+Descriptor"); what follows is not looked at. Output is bounded by the cluster, so that a small input cannot fill the memory.
+
+The window. Writers use 4 KiB (wbits -12) so that every reader can follow. We read with 32 KiB, the largest that deflate has:
+QEMU inflates a cluster in one call, where zlib does not limit how far a match reaches back, so it reads such streams too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from cowfence.codec.base import CodecError, check_length
+
+_igzip: Any
+try:
+    from isal import igzip_lib as _igzip
+except ImportError:  # No wheel for this machine: the standard library does the same, more slowly.
+    _igzip = None
+
+_HISTORY_BITS = 15
+
+
+def inflate(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:
+    """The cluster that the stream at the start of ``data`` holds: exactly ``cluster_bytes``. Raises ``CodecError``."""
+    if _igzip is None:
+        return _inflate_zlib(data, cluster_bytes)
+    decompressor = _igzip.IgzipDecompressor(_igzip.DECOMP_DEFLATE, _HISTORY_BITS)
+    try:
+        cluster: bytes = decompressor.decompress(data, cluster_bytes)
+    except _igzip.IsalError as error:
+        raise CodecError(f"bad deflate stream: {error}") from None
+    check_length(len(cluster), cluster_bytes, ended=decompressor.eof)
+    return cluster
+
+
+def _inflate_zlib(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:
+    decompressor = zlib.decompressobj(-_HISTORY_BITS)
+    try:
+        cluster = decompressor.decompress(data, cluster_bytes)
+    except zlib.error as error:
+        raise CodecError(f"bad deflate stream: {error}") from None
+    check_length(len(cluster), cluster_bytes, ended=decompressor.eof)
+    return cluster

@@ -1,0 +1,170 @@
+"""A new, empty image: header, refcount table, one refcount block for each range used, L1 table.
+
+Written into a file that nobody can see yet (see ``cowfence.storage.publish``), so the order inside does not matter; the
+publisher fences it before it gets its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cowfence.errors import Invalid
+from cowfence.qcow2.entries import COPIED
+from cowfence.qcow2.extensions import Compatible, Extension, ExtensionType, default_feature_names
+from cowfence.qcow2.geometry import (
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MIN_CLUSTER_BITS,
+    Geometry,
+    HostOffset,
+)
+from cowfence.qcow2.header import Header, encode
+from cowfence.qcow2.tables import RefcountBlock, Table
+from cowfence.storage.base import Storage
+from cowfence.units import div_up
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """What a new image shall be. ``size_bytes``: of the guest's disk, a multiple of 512."""
+
+    size_bytes: int
+    cluster_bytes: int = 65536
+    refcount_bits: int = 16
+    version: int = 3
+    lazy_refcounts: bool = False
+    compression_type: int = 0
+    backing_name: str | None = None
+    backing_format: str | None = None
+    preallocate_metadata: bool = False
+    """Allocate every guest cluster, with its entries; the data stays a hole of the file."""
+
+
+def geometry_of(wanted: NewImage) -> Geometry:
+    """The geometry, or Invalid with the name of the option that is wrong."""
+    cluster_bits = wanted.cluster_bytes.bit_length() - 1
+    if wanted.cluster_bytes != 1 << cluster_bits or not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise Invalid("cluster size must be a power of two between 512 and 2M")
+    order = wanted.refcount_bits.bit_length() - 1
+    if wanted.refcount_bits != 1 << order or not 0 <= order <= 6:
+        raise Invalid("refcount width must be a power of two and may not exceed 64 bits")
+    if wanted.version not in (2, 3):
+        raise Invalid("compatibility level must be 0.10 (version 2) or 1.1 (version 3)")
+    if wanted.version == 2:
+        for wrong, option in (
+            (wanted.refcount_bits != 16, "a refcount width other than 16 bits"),
+            (wanted.lazy_refcounts, "lazy refcounts"),
+            (wanted.compression_type != 0, "a compression type other than zlib"),
+        ):
+            if wrong:
+                raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")
+    return Geometry(cluster_bits, order, version=wanted.version)
+
+
+def write_new(storage: Storage, wanted: NewImage) -> Header:
+    """Write the image into an empty file. Raises Invalid for options that make no image, and the storage's errors."""
+    geometry = geometry_of(wanted)
+    cluster_bytes = geometry.cluster_bytes
+    l1_entries = geometry.l1_entries_for(wanted.size_bytes)
+    if wanted.size_bytes < 0 or l1_entries * 8 > MAX_L1_BYTES:
+        raise Invalid(f"an image of {wanted.size_bytes} bytes is too large for clusters of {cluster_bytes} bytes")
+    l1_clusters = max(1, geometry.clusters_for(l1_entries * 8))
+    guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
+    l2_tables = l1_entries if wanted.preallocate_metadata else 0
+    used = 1 + l1_clusters + l2_tables + guest_clusters
+    table_clusters, blocks = _refcount_shape(geometry, used)
+    header = _header(wanted, geometry, table_clusters, l1_entries, HostOffset(cluster_bytes * (1 + table_clusters + blocks)))
+    encoded = encode(header)
+    if len(encoded) > cluster_bytes:
+        raise Invalid(f"the header does not fit into a cluster of {cluster_bytes} bytes")
+    total = used + table_clusters + blocks
+    storage.truncate(total * cluster_bytes, "create.size")
+    _write_refcounts(storage, geometry, table_clusters, blocks, total)
+    if l2_tables:
+        _write_mapping(storage, geometry, header, l2_tables, guest_clusters)
+    storage.writev(0, [encoded], "create.header")
+    return header
+
+
+def _refcount_shape(geometry: Geometry, used: int) -> tuple[int, int]:
+    """Clusters of the refcount table, and blocks, that count ``used`` clusters and themselves."""
+    table_clusters, blocks = 1, 1
+    while True:
+        total = used + table_clusters + blocks
+        need_blocks = div_up(total, geometry.refcounts_per_block)
+        need_table = div_up(need_blocks, geometry.table_entries_per_cluster)
+        if (need_table, need_blocks) == (table_clusters, blocks):
+            return table_clusters, blocks
+        table_clusters, blocks = max(need_table, table_clusters), max(need_blocks, blocks)
+
+
+def _header(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entries: int, l1_offset: HostOffset) -> Header:
+    extensions: list[Extension] = []
+    backing_name = wanted.backing_name.encode("utf-8", "surrogateescape") if wanted.backing_name is not None else None
+    if backing_name is not None and not 0 < len(backing_name) <= MAX_BACKING_NAME_BYTES:
+        raise Invalid(f"a backing file name has 1 to {MAX_BACKING_NAME_BYTES} bytes")
+    if wanted.backing_format is not None:
+        extensions.append(Extension(ExtensionType.BACKING_FORMAT, wanted.backing_format.encode()))
+    if wanted.version >= 3:
+        names = default_feature_names()
+        # The table is optional; a small cluster has no room for it beside the backing file's name.
+        if geometry.cluster_bytes >= 4096 or 600 + len(backing_name or b"") <= geometry.cluster_bytes:
+            extensions.append(names)
+    return Header(
+        version=wanted.version,
+        cluster_bits=geometry.cluster_bits,
+        size_bytes=wanted.size_bytes,
+        l1_entries=l1_entries,
+        l1_offset=l1_offset,
+        refcount_table_offset=HostOffset(geometry.cluster_bytes),
+        refcount_table_clusters=table_clusters,
+        backing_name=backing_name,
+        compatible=int(Compatible.LAZY_REFCOUNTS) if wanted.lazy_refcounts else 0,
+        incompatible=8 if wanted.compression_type else 0,
+        compression_type=wanted.compression_type,
+        refcount_order=geometry.refcount_bits.bit_length() - 1,
+        header_length=72 if wanted.version == 2 else 112,
+        additional=b"" if wanted.version == 2 else bytes(7),
+        extensions=tuple(extensions),
+    )
+
+
+def _write_refcounts(storage: Storage, geometry: Geometry, table_clusters: int, blocks: int, total: int) -> None:
+    table = Table.empty_table(table_clusters * geometry.cluster_bytes)
+    first_block = 1 + table_clusters
+    per_block = geometry.refcounts_per_block
+    full: bytes | None = None
+    for index in range(blocks):
+        offset = first_block + index << geometry.cluster_bits
+        table.entries[index] = offset
+        counted = min(per_block, total - index * per_block)
+        if counted == per_block and full is not None:
+            content = full
+        else:
+            block = RefcountBlock(index, offset, geometry.refcount_bits, bytes(geometry.cluster_bytes))
+            for at in range(counted):
+                block.set(at, 1)
+            content = block.content()
+            if counted == per_block:
+                full = content
+        storage.writev(offset, [content], "create.refcounts")
+    storage.writev(geometry.cluster_bytes, [table.content()], "create.refcounts")
+
+
+def _write_mapping(storage: Storage, geometry: Geometry, header: Header, l2_tables: int, guest_clusters: int) -> None:
+    """L1, L2 tables and data clusters, one behind the other: L1, then every L2 table followed by the clusters it maps."""
+    l1 = Table.empty_table(geometry.clusters_for(header.l1_entries * 8) * geometry.cluster_bytes)
+    cluster = (header.l1_offset >> geometry.cluster_bits) + geometry.clusters_for(header.l1_entries * 8)
+    left = guest_clusters
+    for index in range(l2_tables):
+        l1.entries[index] = cluster << geometry.cluster_bits | COPIED
+        mapped = min(left, geometry.l2_entries)
+        l2 = Table.empty_table(geometry.cluster_bytes)
+        first = cluster + 1 << geometry.cluster_bits | COPIED
+        for at in range(mapped):
+            l2.entries[at] = first + (at << geometry.cluster_bits)
+        storage.writev(cluster << geometry.cluster_bits, [l2.content()], "create.l2")
+        cluster += 1 + mapped
+        left -= mapped
+    storage.writev(header.l1_offset, [l1.content()], "create.l1")

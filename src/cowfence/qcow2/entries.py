@@ -1,0 +1,193 @@
+"""Table entries: 64-bit words decoded into a closed set of values, and back.
+
+Sections "Cluster mapping" and "Host cluster management" of the qcow2 specification. A decode rejects every reserved bit and
+every misaligned offset with ``BadEntry``, which says what is wrong; the caller knows where the word stands and makes a
+``Corrupt`` of it. For every word that decodes, ``encode(decode(word)) == word``.
+
+These functions are for single entries; whole tables are judged by array arithmetic over the same bit constants.
+
+Three choices where the specification leaves room. A compressed entry with the COPIED flag is rejected (its bit is 0 "for
+clusters that are unused, compressed or require COW"). Offset 0 with COPIED is meant for external data files only, which have a
+decoder of their own, so it is rejected here. A refcount table entry could hold more than 56 bits, but no table entry could
+point to the clusters it would count, so offsets from 2**56 are rejected there too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeAlias
+
+from cowfence.qcow2.geometry import MAX_HOST_BITS, OFFSET_MASK, Geometry, HostOffset
+from cowfence.units import SECTOR_BYTES
+
+COPIED: Final = 1 << 63
+"""Set where the refcount of what the entry points to is exactly one, so that it may be written in place."""
+COMPRESSED: Final = 1 << 62
+ZERO: Final = 1
+"""Standard descriptors of version 3: the cluster reads as zeros, whatever its offset."""
+
+_STANDARD_RESERVED: Final = ((1 << 62) - 1) & ~OFFSET_MASK & ~ZERO
+_L1_RESERVED: Final = ((1 << 63) - 1) & ~OFFSET_MASK
+_REFCOUNT_TABLE_RESERVED: Final = 0x1FF
+_HOST_LIMIT: Final = 1 << MAX_HOST_BITS
+
+
+class BadEntry(ValueError):
+    """A word that is no valid entry, or a value that has no word. The message says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unallocated:
+    """The cluster is read from the backing file, or as zeros where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The cluster stands plainly at ``host_offset``."""
+
+    host_offset: HostOffset
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """The cluster reads as zeros. ``host_offset``: a cluster kept for it (a preallocation), or None."""
+
+    host_offset: HostOffset | None
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The cluster stands compressed at ``host_offset`` (not aligned to anything).
+
+    ``length_bytes`` is what may be read for it: up to the end of its last 512-byte sector, so the stream itself is at most
+    that long and other data may follow it.
+    """
+
+    host_offset: HostOffset
+    length_bytes: int
+
+
+Mapping: TypeAlias = Data | Zero | Compressed | Unallocated
+
+UNALLOCATED: Final = Unallocated()
+ZERO_PLAIN: Final = Zero(None, False)
+
+
+class L1Entry(NamedTuple):
+    """Where an L2 table stands (None: there is none), and whether its refcount is exactly one."""
+
+    host_offset: HostOffset | None
+    copied: bool
+
+
+def decode_l2(entry: int, geometry: Geometry) -> Mapping:
+    """The mapping that a plain L2 entry (or the first word of an extended one) describes. Raises ``BadEntry``."""
+    if not entry:
+        return UNALLOCATED
+    if entry & COMPRESSED:
+        return _decode_compressed(entry, geometry)
+    if entry & _STANDARD_RESERVED:
+        raise BadEntry(f"reserved bits {entry & _STANDARD_RESERVED:#x} are set in L2 entry {entry:#018x}")
+    host_offset = entry & OFFSET_MASK
+    if host_offset & geometry.cluster_mask:
+        raise BadEntry(f"host offset {host_offset:#x} is not aligned to the cluster size")
+    copied = bool(entry & COPIED)
+    if copied and not host_offset:
+        raise BadEntry(f"the COPIED flag is set without a host offset in L2 entry {entry:#018x}")
+    if entry & ZERO:
+        if geometry.version < 3:
+            raise BadEntry("the zero flag is set, which version 2 does not have")
+        if geometry.extended_l2:
+            raise BadEntry("the zero flag is set, which extended L2 entries do not have")
+        return Zero(HostOffset(host_offset) if host_offset else None, copied)
+    return Data(HostOffset(host_offset), copied)
+
+
+def _decode_compressed(entry: int, geometry: Geometry) -> Compressed:
+    if entry & COPIED:
+        raise BadEntry("the COPIED flag is set on a compressed cluster")
+    host_offset = entry & geometry.compressed_offset_mask
+    if host_offset >= _HOST_LIMIT:
+        raise BadEntry(f"compressed data at {host_offset:#x} lies beyond 2**{MAX_HOST_BITS}")
+    # The field counts the sectors after the one that holds the first byte.
+    sectors = ((entry >> geometry.compressed_shift) & geometry.compressed_sectors_mask) + 1
+    return Compressed(HostOffset(host_offset), sectors * SECTOR_BYTES - host_offset % SECTOR_BYTES)
+
+
+def encode_l2(mapping: Mapping, geometry: Geometry) -> int:
+    """The L2 entry for a mapping. Raises ``BadEntry`` for values that have no entry."""
+    match mapping:
+        case Unallocated():
+            return 0
+        case Data(host_offset, copied):
+            if not host_offset:
+                raise BadEntry("a data cluster at host offset 0 would be the header")
+            return _checked_offset(host_offset, geometry) | (COPIED if copied else 0)
+        case Zero(host_offset, copied):
+            if geometry.version < 3 or geometry.extended_l2:
+                raise BadEntry("this image has no zero flag in its L2 entries")
+            if not host_offset:
+                if copied or host_offset is not None:
+                    raise BadEntry("a zero cluster needs a host offset above 0 to be COPIED")
+                return ZERO
+            return _checked_offset(host_offset, geometry) | ZERO | (COPIED if copied else 0)
+        case Compressed(host_offset, length_bytes):
+            return _encode_compressed(host_offset, length_bytes, geometry)
+
+
+def _encode_compressed(host_offset: int, length_bytes: int, geometry: Geometry) -> int:
+    if not 0 <= host_offset < min(_HOST_LIMIT, geometry.compressed_offset_mask + 1):
+        raise BadEntry(f"compressed data cannot stand at {host_offset:#x} with clusters of {geometry.cluster_bytes} bytes")
+    if length_bytes < 1:
+        raise BadEntry("compressed data cannot be empty")
+    last_byte = host_offset % SECTOR_BYTES + length_bytes - 1
+    additional_sectors = last_byte // SECTOR_BYTES
+    if additional_sectors > geometry.compressed_sectors_mask:
+        raise BadEntry(f"{length_bytes} bytes are too many for a compressed cluster")
+    return COMPRESSED | additional_sectors << geometry.compressed_shift | host_offset
+
+
+def decode_l1(entry: int, geometry: Geometry) -> L1Entry:
+    """Where the L2 table of an L1 entry stands. Raises ``BadEntry``."""
+    if entry & _L1_RESERVED:
+        raise BadEntry(f"reserved bits {entry & _L1_RESERVED:#x} are set in L1 entry {entry:#018x}")
+    host_offset = entry & OFFSET_MASK
+    if host_offset & geometry.cluster_mask:
+        raise BadEntry(f"L2 table offset {host_offset:#x} is not aligned to the cluster size")
+    copied = bool(entry & COPIED)
+    if copied and not host_offset:
+        raise BadEntry("the COPIED flag is set on an L1 entry without an L2 table")
+    return L1Entry(HostOffset(host_offset) if host_offset else None, copied)
+
+
+def encode_l1(entry: L1Entry, geometry: Geometry) -> int:
+    """The L1 entry for the place of an L2 table. Raises ``BadEntry`` for values that have no entry."""
+    if not entry.host_offset:
+        if entry.copied or entry.host_offset is not None:
+            raise BadEntry("an L1 entry needs a host offset above 0 to be COPIED")
+        return 0
+    return _checked_offset(entry.host_offset, geometry) | (COPIED if entry.copied else 0)
+
+
+def decode_refcount_table_entry(entry: int, geometry: Geometry) -> HostOffset | None:
+    """Where a refcount block stands; None where there is none and all its refcounts are 0. Raises ``BadEntry``."""
+    if not entry:
+        return None
+    if entry & _REFCOUNT_TABLE_RESERVED:
+        raise BadEntry(f"reserved bits {entry & _REFCOUNT_TABLE_RESERVED:#x} are set in refcount table entry {entry:#018x}")
+    return HostOffset(_checked_offset(entry, geometry))
+
+
+def encode_refcount_table_entry(host_offset: HostOffset | None, geometry: Geometry) -> int:
+    """The refcount table entry for the place of a refcount block. Raises ``BadEntry``."""
+    return _checked_offset(host_offset, geometry) if host_offset else 0
+
+
+def _checked_offset(host_offset: int, geometry: Geometry) -> int:
+    if host_offset & geometry.cluster_mask:
+        raise BadEntry(f"host offset {host_offset:#x} is not aligned to the cluster size")
+    if not 0 <= host_offset < _HOST_LIMIT:
+        raise BadEntry(f"host offset {host_offset:#x} lies beyond 2**{MAX_HOST_BITS}")
+    return host_offset

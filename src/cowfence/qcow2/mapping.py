@@ -1,0 +1,143 @@
+"""Mapping: which runs of guest bytes lie where. Read only; it changes no table.
+
+Ranges inside one L2 table are decoded entry by entry; long ones with array arithmetic over the whole table. Both give the
+same runs, so that a plan costs what it covers, not what the disk claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from cowfence.errors import Corrupt
+from cowfence.qcow2.entries import COPIED, ZERO, BadEntry, Compressed, Data, Unallocated, Zero, decode_l2
+from cowfence.qcow2.geometry import OFFSET_MASK
+from cowfence.qcow2.state import State
+
+_VECTOR_CLUSTERS = 128
+
+
+class RunKind(IntEnum):
+    UNALLOCATED = 0
+    ZERO = 1
+    DATA = 2
+    COMPRESSED = 3
+
+
+class GuestRun(NamedTuple):
+    """Guest bytes in one state. ``host``: where they begin in the file (DATA; ZERO with a cluster kept; COMPRESSED)."""
+
+    kind: RunKind
+    offset: int
+    length_bytes: int
+    host: int
+    entry: int
+    """The L2 entry of its first cluster."""
+
+
+def decode(state: State, l1_index: int, l2_index: int, entry: int) -> tuple[RunKind, int]:
+    """Kind and host offset of an L2 entry. Raises Corrupt for one that breaks the format's rules."""
+    try:
+        mapping = decode_l2(entry, state.geometry)
+    except BadEntry as bad:
+        raise Corrupt(f"{state.storage.name}: L2[{l1_index}][{l2_index}]", str(bad)) from None
+    match mapping:
+        case Unallocated():
+            return RunKind.UNALLOCATED, 0
+        case Zero(host_offset, _):
+            return RunKind.ZERO, host_offset or 0
+        case Data(host_offset, _):
+            return RunKind.DATA, host_offset
+        case Compressed(host_offset, _):
+            return RunKind.COMPRESSED, host_offset
+
+
+def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterator[GuestRun]:
+    """The runs of a guest range, in order and without gaps; neighbours of one state are joined.
+
+    Call it under the lock, to its end. Raises Corrupt, or Cold where ``wait`` is false.
+    """
+    geometry = state.geometry
+    end = offset + length_bytes
+    pending: GuestRun | None = None
+    while offset < end:
+        l1_index = offset >> geometry.l1_shift
+        table_end = min(end, (l1_index + 1) << geometry.l1_shift)
+        table = state.l2_table(l1_index, wait=wait, cached=False)
+        if table is None:
+            pieces: Iterator[GuestRun] = iter((GuestRun(RunKind.UNALLOCATED, offset, table_end - offset, 0, 0),))
+        elif table_end - offset > _VECTOR_CLUSTERS << geometry.cluster_bits:
+            pieces = _table_runs(state, table.view(), l1_index, offset, table_end)
+        else:
+            pieces = _entry_runs(state, table.entries, l1_index, offset, table_end)
+        for run in pieces:
+            if pending is None:
+                pending = run
+            elif _joins(pending, run):
+                pending = pending._replace(length_bytes=pending.length_bytes + run.length_bytes)
+            else:
+                yield pending
+                pending = run
+        offset = table_end
+    if pending is not None:
+        yield pending
+
+
+def _joins(earlier: GuestRun, later: GuestRun) -> bool:
+    if earlier.kind is not later.kind or earlier.kind is RunKind.COMPRESSED:
+        return False
+    if earlier.host == 0 or later.host == 0:
+        return earlier.host == later.host
+    return later.host == earlier.host + earlier.length_bytes
+
+
+def _entry_runs(state: State, entries: object, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
+    geometry = state.geometry
+    cluster_bytes = geometry.cluster_bytes
+    mask = geometry.l2_entries - 1
+    while offset < end:
+        l2_index = offset >> geometry.cluster_bits & mask
+        within = offset & geometry.cluster_mask
+        length_bytes = min(end - offset, cluster_bytes - within)
+        entry = entries[l2_index]  # type: ignore[index]
+        kind, host = decode(state, l1_index, l2_index, entry)
+        if host and kind is not RunKind.COMPRESSED:
+            host += within
+        yield GuestRun(kind, offset, length_bytes, host, entry)
+        offset += length_bytes
+
+
+def _table_runs(state: State, view: object, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
+    """The same by array arithmetic: entries are split where the kind changes or the host offset does not go on."""
+    import numpy as np
+
+    geometry = state.geometry
+    bits = geometry.cluster_bits
+    mask = geometry.l2_entries - 1
+    first = offset >> bits & mask
+    count = (end - 1 >> bits) - (offset >> bits) + 1
+    part = view[first : first + count]  # type: ignore[index]
+    plain = np.uint64(COPIED | OFFSET_MASK & ~geometry.cluster_mask | ZERO)
+    odd = (part & ~plain) != 0
+    if geometry.version < 3:
+        odd |= (part & np.uint64(ZERO)) != 0
+    host = part & np.uint64(OFFSET_MASK)
+    zero = (part & np.uint64(ZERO)) != 0
+    odd |= (host == 0) & (part & np.uint64(COPIED) != 0)
+    # 0 unallocated, 1 zero, 2 data, 3 odd (compressed, or an entry for the careful decoder): odd ones stand alone.
+    kind = np.where(odd, 3, np.where(zero, 1, np.where(host != 0, 2, 0)))
+    follows = (kind[1:] == kind[:-1]) & (kind[1:] != 3)
+    contiguous = (host[1:] == host[:-1] + np.uint64(geometry.cluster_bytes)) & (host[:-1] != 0)
+    follows &= contiguous | ((host[1:] == 0) & (host[:-1] == 0))
+    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1)).tolist()
+    base = offset >> bits
+    for number, start in enumerate(starts):
+        stop = starts[number + 1] if number + 1 < len(starts) else count
+        run_start = max(offset, base + start << bits)
+        run_end = min(end, base + stop << bits)
+        entry = int(part[start])
+        run_kind, run_host = decode(state, l1_index, first + start, entry)
+        if run_host and run_kind is not RunKind.COMPRESSED:
+            run_host += run_start - (base + start << bits)
+        yield GuestRun(run_kind, run_start, run_end - run_start, run_host, entry)

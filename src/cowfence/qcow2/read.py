@@ -1,0 +1,162 @@
+"""The read path: guest bytes from data clusters, compressed clusters, zeros and the backing file.
+
+A read is planned under the lock and tried there with ``wait=False``: what the page cache holds is served at once. What is
+cold is read outside the lock, under a ticket that keeps its host clusters from being reused before it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from cowfence.codec import decompressor
+from cowfence.errors import Corrupt, WouldBlock
+from cowfence.qcow2.entries import Compressed, Data, decode_l2
+from cowfence.qcow2.geometry import OFFSET_MASK
+from cowfence.qcow2.mapping import GuestRun, RunKind, runs
+from cowfence.qcow2.reader import Cold
+from cowfence.qcow2.state import State
+
+
+class Reads:
+    """Reads of one image."""
+
+    def __init__(self, state: State, ticket_ended: Callable[[], None]) -> None:
+        self._state = state
+        self._ticket_ended = ticket_ended
+        self._decompress = decompressor(state.header.compression_type)
+        self._last: tuple[int, bytes] = (0, b"")
+        """The compressed entry that was decompressed last, and its cluster: readers come back for the rest of it."""
+
+    def read_into(self, offset: int, view: memoryview, *, wait: bool) -> None:
+        """Fill ``view`` from a range inside the disk. Raises WouldBlock where ``wait`` is false and the host has to read."""
+        state = self._state
+        tries = 0
+        while True:
+            with state.lock:
+                try:
+                    plan = list(runs(state, offset, len(view), wait=tries > 2))
+                    self.fill(plan, offset, view, wait=False)
+                    return
+                except Cold as cold:
+                    warm: Callable[[], object] | None = cold.warm
+                except WouldBlock:
+                    warm = None
+                    if wait:
+                        ticket = state.tickets.begin()
+            if not wait:
+                raise WouldBlock(f"{state.storage.name}: offset {offset} is not in memory")
+            if warm is not None:
+                warm()
+                tries += 1
+                continue
+            try:
+                self.fill(plan, offset, view, wait=True)
+                return
+            finally:
+                with state.lock:
+                    state.tickets.end(ticket)
+                self._ticket_ended()
+
+    def fill(self, plan: Iterable[GuestRun], start: int, view: memoryview, *, wait: bool) -> None:
+        """Carry a plan out. Raises WouldBlock where ``wait`` is false."""
+        state = self._state
+        for kind, offset, length_bytes, host, entry in plan:
+            part = view[offset - start : offset - start + length_bytes]
+            if kind is RunKind.DATA:
+                got = state.storage.readv(host, (part,), wait=wait)
+                if got < length_bytes:
+                    self._past_end(host, got, part)
+            elif kind is RunKind.COMPRESSED:
+                cluster = self._cluster(entry, wait=wait)
+                within = offset & state.geometry.cluster_mask
+                part[:] = cluster[within : within + length_bytes]
+            elif kind is RunKind.UNALLOCATED and offset < state.backing_bytes:
+                self._backing(offset, part, wait=wait)
+            else:
+                part[:] = bytes(length_bytes)
+
+    def _past_end(self, host: int, got: int, part: memoryview) -> None:
+        """The last cluster of a file may be short; one that begins past its end is damage."""
+        state = self._state
+        cluster = host & ~state.geometry.cluster_mask
+        if not got and cluster >= state.storage.size():
+            raise Corrupt(f"{state.storage.name}: data cluster at offset {cluster:#x}", "it lies past the end of the file")
+        if got < len(part):
+            end = host + got
+            cluster = end & ~state.geometry.cluster_mask
+            first_missing = cluster + state.geometry.cluster_bytes if end > cluster else cluster
+            if host + len(part) > first_missing and first_missing >= state.storage.size():
+                raise Corrupt(
+                    f"{state.storage.name}: data cluster at offset {first_missing:#x}", "it lies past the end of the file"
+                )
+            part[got:] = bytes(len(part) - got)
+
+    def _backing(self, offset: int, part: memoryview, *, wait: bool) -> None:
+        state = self._state
+        assert state.backing is not None
+        inside = min(len(part), state.backing_bytes - offset)
+        state.backing.read_into(offset, part[:inside], wait=wait)
+        if inside < len(part):
+            part[inside:] = bytes(len(part) - inside)
+
+    def _cluster(self, entry: int, *, wait: bool) -> bytes:
+        last_entry, last = self._last
+        if last_entry == entry:
+            return last
+        if not wait:
+            # Inflating a cluster takes as long as twenty plain reads: not while others wait for the lock.
+            raise WouldBlock(f"{self._state.storage.name}: a compressed cluster")
+        cluster = self._inflate(entry, wait=True)
+        self._last = (entry, cluster)
+        return cluster
+
+    def _inflate(self, entry: int, *, wait: bool) -> bytes:
+        state = self._state
+        mapping = decode_l2(entry, state.geometry)
+        assert isinstance(mapping, Compressed)
+        where = f"{state.storage.name}: compressed cluster at offset {mapping.host_offset:#x}"
+        data = bytearray(mapping.length_bytes)
+        got = state.storage.readv(mapping.host_offset, (data,), wait=wait)
+        if not got:
+            raise Corrupt(where, "it lies past the end of the file")
+        try:
+            return self._decompress(bytes(data[:got]), state.geometry.cluster_bytes)
+        except ValueError as bad:
+            raise Corrupt(where, str(bad)) from None
+
+    def forget(self) -> None:
+        """Clusters become available again, and no ticket is older: what was remembered of them is void."""
+        self._last = (0, b"")
+
+    def source(self, kind: RunKind, entry: int, offset: int, length_bytes: int, *, wait: bool) -> bytes | bytearray | None:
+        """What a copy-on-write keeps: guest bytes under the entry, None where they are zeros.
+
+        Call it under the lock. Raises Cold where ``wait`` is false and the host has to read.
+        """
+        state = self._state
+        if kind is RunKind.ZERO or (kind is RunKind.UNALLOCATED and offset >= state.backing_bytes):
+            return None
+        within = offset & state.geometry.cluster_mask
+        try:
+            if kind is RunKind.COMPRESSED:
+                last_entry, last = self._last
+                cluster = last if last_entry == entry else self._inflate(entry, wait=wait)
+                return cluster[within : within + length_bytes]
+            buffer = bytearray(length_bytes)
+            host = (entry & OFFSET_MASK) + within if kind is RunKind.DATA else 0
+            self.fill((GuestRun(kind, offset, length_bytes, host, entry),), offset, memoryview(buffer), wait=wait)
+        except WouldBlock:
+            raise Cold(lambda: self._warm(kind, entry, offset, length_bytes)) from None
+        return buffer
+
+    def _warm(self, kind: RunKind, entry: int, offset: int, length_bytes: int) -> None:
+        """Bring the bytes of a source into the page cache. Holds no ticket: what it reads is thrown away."""
+        state = self._state
+        if kind is RunKind.UNALLOCATED:
+            self._backing(offset, memoryview(bytearray(length_bytes)), wait=True)
+            return
+        mapping = decode_l2(entry, state.geometry)
+        if isinstance(mapping, Compressed):
+            state.storage.readv(mapping.host_offset, (bytearray(mapping.length_bytes),))
+        elif isinstance(mapping, Data):
+            state.storage.readv(mapping.host_offset, (bytearray(state.geometry.cluster_bytes),))

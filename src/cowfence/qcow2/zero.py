@@ -1,0 +1,119 @@
+"""Zeroing and discarding whole clusters. Both change entries only: no data is written, and what the old entries led to is
+freed once the change is durable.
+
+Version 3 has an entry that reads as zeros whatever lies below. Version 2 has none: there a cluster can only be unallocated,
+which reads as zeros where no backing file lies under it; elsewhere zeros are written as data, and a discard does nothing
+(crash contract, C3).
+"""
+
+from __future__ import annotations
+
+from cowfence.qcow2.entries import ZERO
+from cowfence.qcow2.mapping import RunKind, decode
+from cowfence.qcow2.reader import NeedsCommit
+from cowfence.qcow2.state import State
+from cowfence.qcow2.write import LinkHome, Writes, free_entry, grow_l1
+
+_ZERO_PIECE_BYTES = 1 << 20
+
+
+class Zeroes:
+    """Zero and discard of one image. Every method is called under the lock and does one piece; it returns its length."""
+
+    def __init__(self, state: State, writes: Writes) -> None:
+        self._state = state
+        self._writes = writes
+
+    def zero(self, offset: int, length_bytes: int, *, unmap: bool, wait: bool) -> int:
+        """Make a piece of the range read as zeros. Raises as ``Writes.write`` does."""
+        geometry = self._state.geometry
+        within = offset & geometry.cluster_mask
+        if within or length_bytes < geometry.cluster_bytes:
+            if not within and offset + length_bytes == self._state.size:
+                # The last cluster of the disk is cut short by its end: all that the guest has of it becomes zero.
+                self._clusters(offset, geometry.cluster_bytes, unmap=unmap, discard=False, wait=wait)
+                return length_bytes
+            return self._zero_part(offset, min(length_bytes, geometry.cluster_bytes - within), wait=wait)
+        return self._clusters(offset, length_bytes & ~geometry.cluster_mask, unmap=unmap, discard=False, wait=wait)
+
+    def discard(self, offset: int, length_bytes: int, *, wait: bool) -> int:
+        """Let go of the whole clusters in a piece of the range; parts of clusters stay as they are."""
+        geometry = self._state.geometry
+        within = offset & geometry.cluster_mask
+        if within:
+            return min(length_bytes, geometry.cluster_bytes - within)
+        if length_bytes < geometry.cluster_bytes:
+            # The last cluster of the disk may be cut short by its end: all the guest has of it is discarded.
+            if offset + length_bytes < self._state.size:
+                return length_bytes
+            self._clusters(offset, geometry.cluster_bytes, unmap=True, discard=True, wait=wait)
+            return length_bytes
+        return self._clusters(offset, length_bytes & ~geometry.cluster_mask, unmap=True, discard=True, wait=wait)
+
+    def _zero_part(self, offset: int, length_bytes: int, *, wait: bool) -> int:
+        """Zeros inside one cluster: nothing to do where it reads as zeros, else data."""
+        state = self._state
+        geometry = state.geometry
+        l1_index = offset >> geometry.l1_shift
+        table = state.l2_table(l1_index, wait=wait, cached=False)
+        l2_index = offset >> geometry.cluster_bits & geometry.l2_entries - 1
+        kind, _ = decode(state, l1_index, l2_index, table.entries[l2_index] if table is not None else 0)
+        start = offset & ~geometry.cluster_mask
+        if kind is RunKind.ZERO or (kind is RunKind.UNALLOCATED and state.reads_zero_below(start)):
+            return length_bytes
+        return self._writes.write(offset, memoryview(bytes(length_bytes)), wait=wait)
+
+    def _clusters(self, offset: int, length_bytes: int, *, unmap: bool, discard: bool, wait: bool) -> int:
+        state = self._state
+        geometry = state.geometry
+        bits = geometry.cluster_bits
+        l1_index = offset >> geometry.l1_shift
+        length_bytes = min(length_bytes, ((l1_index + 1) << geometry.l1_shift) - offset)
+        if state.l2_offset(l1_index) is None and l1_index not in state.l2.tables and state.reads_zero_below(offset):
+            return length_bytes
+        table = state.l2_table(l1_index, wait=wait, cached=True)
+        first = offset >> bits & geometry.l2_entries - 1
+        changes: list[tuple[int, int, RunKind, int]] = []
+        for number in range(length_bytes >> bits):
+            entry = table.entries[first + number] if table is not None else 0
+            kind, host = decode(state, l1_index, first + number, entry)
+            below_zero = state.reads_zero_below(offset + (number << bits))
+            if kind is RunKind.UNALLOCATED and (below_zero or discard):
+                continue
+            if kind is RunKind.ZERO and not (host and unmap):
+                continue
+            if geometry.version < 3 and not (unmap and below_zero):
+                if discard:
+                    continue
+                # Everything before this cluster is done by its entries; this cluster needs zeros as data.
+                if number:
+                    length_bytes = number << bits
+                    break
+                return self._write_zeros(offset, min(length_bytes, state.size - offset), wait=wait)
+            if kind is RunKind.DATA and not unmap and state.may_write_in_place(entry, wait=wait):
+                changes.append((first + number, entry | ZERO, RunKind.UNALLOCATED, 0))
+            else:
+                changes.append((first + number, 0 if below_zero else ZERO, kind, entry))
+        if changes:
+            self._enter(l1_index, changes, discard=discard, wait=wait)
+        return length_bytes
+
+    def _write_zeros(self, offset: int, length_bytes: int, *, wait: bool) -> int:
+        piece = min(length_bytes, max(_ZERO_PIECE_BYTES, self._state.geometry.cluster_bytes))
+        return self._writes.write(offset, memoryview(bytes(piece)), wait=wait)
+
+    def _enter(self, l1_index: int, changes: list[tuple[int, int, RunKind, int]], *, discard: bool, wait: bool) -> None:
+        state = self._state
+        state.check_room()
+        if l1_index >= len(state.l1.entries):
+            raise NeedsCommit(lambda: grow_l1(state, wait=True))
+        home = LinkHome(state, l1_index, state.l2_table(l1_index, wait=wait, cached=True), wait=wait)
+        home.plan()
+        if home.clusters:
+            state.allocator.look_ahead(wait=wait)
+            home.take(state.allocator.reserve(1, wait=wait)[0].first)
+        table = home()
+        for l2_index, entry, kind, old in changes:
+            table.set(l2_index, entry)
+            free_entry(state, kind, old, discard=discard)
+        state.pending.touch(table)

@@ -1,0 +1,87 @@
+"""The host's calls that ``os`` does not offer: ``fallocate`` with a mode, and the alignment that direct I/O needs.
+
+They go through the C library with ctypes, which is loaded at the first use: a program that only reads never pays for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import stat
+import struct
+from collections.abc import Callable
+from typing import Any
+
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
+FALLOC_ZERO_RANGE = 0x10
+
+_BLKDISCARD = 0x1277
+_BLKSSZGET = 0x1268
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_DIO_FIELDS = struct.Struct("=152xII96x")  # struct statx: dio_mem_align and dio_offset_align of 256 bytes
+
+_UNKNOWN_ALIGNMENT_BYTES = 4096
+
+
+@functools.cache
+def _function(*names: str) -> Callable[..., int] | None:
+    """The first of the C library's functions ``names`` that exists, or None."""
+    import ctypes
+
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    for name in names:
+        if hasattr(libc, name):
+            function: Any = getattr(libc, name)
+            if name.startswith("fallocate"):
+                function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+            def call(*args: object, function: Any = function) -> int:
+                while True:
+                    result: int = function(*args)
+                    code = ctypes.get_errno() if result < 0 else 0
+                    if code != errno.EINTR:
+                        return -code if result < 0 else result
+
+            return call
+    return None
+
+
+def fallocate(fd: int, mode: int, offset: int, length_bytes: int) -> None:
+    """Linux's ``fallocate``. Raises OSError; ENOSYS where the C library has none."""
+    # fallocate64 first: on 32-bit hosts plain fallocate takes a 32-bit offset, and musl has only the plain name.
+    function = _function("fallocate64", "fallocate")
+    result = -errno.ENOSYS if function is None else function(fd, mode, offset, length_bytes)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
+def discard_blocks(fd: int, offset: int, length_bytes: int) -> None:
+    """Discard a range of a block device (BLKDISCARD); both numbers are multiples of its block. Raises OSError."""
+    fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", offset, length_bytes))
+
+
+def block_bytes(fd: int) -> int:
+    """The logical block of an open block device, in bytes; 4096 where it does not say."""
+    try:
+        size_bytes: int = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, b"\0" * 4))[0]
+    except OSError:
+        return _UNKNOWN_ALIGNMENT_BYTES
+    return size_bytes or _UNKNOWN_ALIGNMENT_BYTES
+
+
+def direct_alignment(fd: int) -> int:
+    """What offsets and lengths of direct I/O on ``fd`` must be multiples of, in bytes: asked of statx, else 4096."""
+    import ctypes
+
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return block_bytes(fd)
+    function = _function("statx")
+    answer = ctypes.create_string_buffer(_STATX_DIO_FIELDS.size)
+    if function is None or function(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer) < 0:
+        return _UNKNOWN_ALIGNMENT_BYTES
+    _memory_bytes, offset_bytes = _STATX_DIO_FIELDS.unpack(answer.raw)
+    return offset_bytes or _UNKNOWN_ALIGNMENT_BYTES
