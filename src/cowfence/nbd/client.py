@@ -124,6 +124,11 @@ class NbdDisk:
                 self._broken.__cause__ = error
             except ProtocolError as error:
                 self._broken = error
+            except BaseException:
+                # Interrupted in the middle of the stream: it cannot be taken up again.
+                self._broken = Closed(f"{self._name}: an earlier call was interrupted")
+                self._sock.close()
+                raise
             self._sock.close()
             raise self._broken
 
@@ -252,7 +257,7 @@ class NbdDisk:
         return _Piece(index, Command.FLUSH, 0, 0, 0, b"", 0)
 
     def _error(self, piece: _Piece, completion: Completion) -> CowfenceError:
-        """The error of the tree for one that the server reported; unknown numbers count as EINVAL, as the specification says."""
+        """The error of the tree for one that the server reported; an unknown number counts as EINVAL ("Error values")."""
         what = completion.text or f"error {completion.error}"
         text = f"{self._name}: {piece.command.name} at offset {piece.offset}: {what}"
         number = completion.error
