@@ -152,6 +152,27 @@ class _Done(NamedTuple):
     seconds: float
 
 
+class _Bell:
+    """Wakes the loop from other threads and from signal handlers.
+
+    Its descriptor lives as long as the object: closed earlier, a late ring could write into whatever took its number.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def ring(self) -> None:
+        with suppress(BlockingIOError):  # a full counter rings already
+            os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 @dataclass(eq=False, slots=True)
 class _Connection:
     """One client. ``transmission`` and ``disk`` are there once the handshake is over."""
@@ -183,16 +204,16 @@ class Server:
         self._limits = limits or Limits()
         self._table = _ExportTable(exports)
         self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._handlers: dict[int, Callable[[int], None]] = {self._wake_fd: self._on_wake}
+        self._bell = _Bell()
+        self._epoll.register(self._bell.fd, select.EPOLLIN)
+        self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
         self._listeners: list[socket.socket] = []
         self._accepting = False
         self._unix_paths: list[tuple[str, int]] = []
         self._addresses: list[NbdUri] = []
         self._connections: dict[int, _Connection] = {}
         self._negotiating: deque[_Connection] = deque()
-        self._workers = _Workers(self._limits.workers, self._wake)
+        self._workers = _Workers(self._limits.workers, self._bell)
         self._stop_wanted = False
         self._stop_deadline: float | None = None
         self._closed = False
@@ -299,11 +320,7 @@ class Server:
     def stop(self) -> None:
         """Ask ``serve_forever`` to end. From any thread or signal handler; may be called again, and before it begins."""
         self._stop_wanted = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with suppress(OSError):  # a full counter wakes too; a closed one has nobody to wake
-            os.eventfd_write(self._wake_fd, 1)
+        self._bell.ring()
 
     def _timeout_seconds(self) -> float | None:
         deadlines = [self._negotiating[0].deadline] if self._negotiating else []
@@ -362,8 +379,6 @@ class Server:
             self._drop(connection, "the server has ended")
         self._workers.close()
         self._epoll.close()
-        wake_fd, self._wake_fd = self._wake_fd, -1
-        os.close(wake_fd)
 
     # --- connections ---
 
@@ -615,9 +630,8 @@ class Server:
         job.connection.jobs_bytes += job.cost_bytes
         self._workers.submit(job)
 
-    def _on_wake(self, _events: int) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
+    def _on_bell(self, _events: int) -> None:
+        self._bell.silence()
         ready: dict[int, tuple[_Connection, list[Reply]]] = {}
         for job, result, seconds in self._workers.take_done():
             connection, transmission = job.connection, job.connection.transmission
@@ -639,9 +653,9 @@ class Server:
 class _Workers:
     """A pool of threads, started as they are needed, that does jobs and keeps what came of them for the loop."""
 
-    def __init__(self, most: int, wake: Callable[[], None]) -> None:
+    def __init__(self, most: int, bell: _Bell) -> None:
         self._most = most
-        self._wake = wake
+        self._bell = bell
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._done: deque[_Done] = deque()
         self._threads: list[threading.Thread] = []
@@ -681,7 +695,7 @@ class _Workers:
             else:
                 result = _query(job.disk, job.work)
             self._done.append(_Done(job, result, time.perf_counter() - began))
-            self._wake()
+            self._bell.ring()
 
 
 def _fences(request: Request) -> bool:

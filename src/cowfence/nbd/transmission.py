@@ -77,6 +77,7 @@ _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _MAGIC: Final = REQUEST_MAGIC
+_MAGIC_BYTES: Final = REQUEST_MAGIC.to_bytes(4, "big")
 _VERB_READ: Final = Verb.READ
 _VERB_WRITE: Final = Verb.WRITE
 _BUFFER_TYPES: Final = (bytearray, bytes, memoryview)
@@ -263,6 +264,9 @@ class ServerTransmission:
                 break
             if command == Command.READ:
                 bytes_max -= length_bytes
+        if 4 <= end - position < _HEADER_BYTES and view[position : position + 4] != _MAGIC_BYTES and not self.disconnecting:
+            # Otherwise a peer that speaks something shorter would wait with us for the rest of a header.
+            raise ProtocolError("request: wrong magic")
         self._start = position
         self._need_bytes = need_bytes
         self._fuller = left <= 0 or bytes_max <= 0

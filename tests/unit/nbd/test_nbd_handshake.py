@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from typing import Final
 
@@ -205,7 +206,9 @@ def test_metadata_contexts(option: int, queries: tuple[str, ...], found: bool) -
     assert answers == ([Rep.META_CONTEXT] if found else []) + [Rep.ACK]
 
 
-@pytest.mark.parametrize("second", [MetaQuery("disk"), MetaQuery("nowhere", (BASE_ALLOCATION,)), MetaQuery("other", (BASE_ALLOCATION,))])
+@pytest.mark.parametrize(
+    "second", [MetaQuery("disk"), MetaQuery("nowhere", (BASE_ALLOCATION,)), MetaQuery("other", (BASE_ALLOCATION,))]
+)
 def test_a_selection_replaces_the_one_before_and_holds_for_its_export(second: MetaQuery) -> None:
     handshake = begun()
     handshake.receive(encode_option(Option.STRUCTURED_REPLY))
@@ -240,12 +243,15 @@ def test_the_cuts_of_the_network_change_nothing(cuts: list[int]) -> None:
     whole, cut = ServerHandshake(EXPORTS), ServerHandshake(EXPORTS)
     expected = whole.receive() + whole.receive(CONVERSATION)
     places = [0, *sorted(cuts), len(CONVERSATION)]
-    said = cut.receive() + b"".join(cut.receive(CONVERSATION[a:b]) for a, b in zip(places, places[1:], strict=False))
+    said = cut.receive() + b"".join(cut.receive(CONVERSATION[a:b]) for a, b in itertools.pairwise(places))
     assert said == expected
     assert (cut.result, cut.trailing, cut.ended) == (whole.result, b"trailing", True)
 
 
-@given(st.booleans(), st.lists(st.one_of(st.binary(max_size=40), st.builds(encode_option, st.integers(0, 12), st.binary(max_size=40)))))
+@given(
+    st.booleans(),
+    st.lists(st.one_of(st.binary(max_size=40), st.builds(encode_option, st.integers(0, 12), st.binary(max_size=40)))),
+)
 def test_any_bytes_give_replies_or_an_end(fixed: bool, pieces: list[bytes]) -> None:
     handshake = ServerHandshake(EXPORTS)
     handshake.receive()
