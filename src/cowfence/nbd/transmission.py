@@ -61,6 +61,8 @@ from cowfence.units import KIB, MIB
 
 Reply: TypeAlias = Buffer
 Descriptors: TypeAlias = list[tuple[int, int]]
+QueryResult: TypeAlias = Descriptors | CowfenceError | None
+"""BLOCK_STATUS: its descriptors. CACHE: None when done. Either: the error."""
 
 _HEADER_BYTES: Final = REQUEST.size
 _DESCRIPTORS_MAX: Final = 4096
@@ -364,23 +366,22 @@ class ServerTransmission:
             self._reply_failure(out, cookies[index], outcome)
         return blocked
 
-    def answer_late(self, out: list[Reply], work: Request | Query, cookie: int, result: Outcome | Descriptors) -> None:
-        """Append the reply to a request or query that was done apart from its batch."""
-        if isinstance(work, Request) and not isinstance(result, list):
-            batch = Batch()
-            batch.requests.append(work)
-            batch.cookies.append(cookie)
-            if not self.answer(out, batch, (result,)):
-                return
-        elif isinstance(result, list) and self._context is not None:
-            out.append(encode_status_chunk(cookie, self._context, result))
-            return
-        elif result is None:
-            out.append(encode_simple_reply(cookie))
-            return
-        self._reply_failure(out, cookie, result)
+    def answer_finally(self, out: list[Reply], batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """The same for requests that were waited for; one still ``BLOCKED`` has failed."""
+        for index in self.answer(out, batch, outcomes):
+            self._reply_failure(out, batch.cookies[index], BLOCKED)
 
-    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome | Descriptors) -> None:
+    def answer_query(self, out: list[Reply], query: Query, result: QueryResult) -> None:
+        """Append the reply to a query."""
+        if isinstance(result, CowfenceError):
+            self._reply_failure(out, query.cookie, result)
+        elif result is None:
+            out.append(encode_simple_reply(query.cookie))
+        else:
+            assert self._context is not None  # _refusal lets no BLOCK_STATUS pass without it
+            out.append(encode_status_chunk(query.cookie, self._context, result))
+
+    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome) -> None:
         # An outcome of the wrong kind or length would put the stream out of step: it is an error of ours, and EIO.
         if isinstance(outcome, CowfenceError):
             self._reply_error(out, cookie, error_number(outcome), str(outcome))

@@ -293,6 +293,28 @@ def test_stop_does_not_wait_for_ever_for_a_client_that_reads_nothing(tmp_path: P
         assert time.monotonic() - began < 5
 
 
+def test_stop_waits_for_the_disk_however_long_it_takes(tmp_path: Path, storage: TinyStorage) -> None:
+    gate = storage.gate = threading.Event()
+    with serving(tmp_path, {"": Export(RawDisk(storage))}, Limits(stop_seconds=0.1)) as server:
+        with BareClient(tmp_path / "sock") as bare:
+            bare.send(Command.WRITE, length=4, data=b"last", flags=CommandFlag.FUA)
+            time.sleep(0.05)
+            server.stop()
+            assert bare.closed_by_server()
+        assert not server._closed
+        gate.set()
+        eventually(lambda: server._closed, "the server does not end")
+    assert storage.fences == 1
+
+
+def test_cold_reads_are_answered_by_the_pool(client: NbdDisk, storage: TinyStorage) -> None:
+    data = random.Random(3).randbytes(SIZE)
+    client.write(0, data)
+    storage.cold = True
+    outcomes = client.submit([Request(Verb.READ, offset, 4096) for offset in range(0, SIZE, 4096)])
+    assert b"".join(bytes(outcome) for outcome in outcomes if isinstance(outcome, bytearray)) == data
+
+
 def test_stop_before_serving() -> None:
     server = Server({})
     server.listen_tcp()

@@ -301,9 +301,9 @@ def test_blocked_requests_are_left_for_later() -> None:
     batch = fed(header(Command.FLUSH, cookie=1) + header(Command.READ, 0, 2, cookie=2), server)
     assert server.answer(out, batch, [BLOCKED, b"ab"]) == [0]
     late = list[Reply]()
-    server.answer_late(late, batch.requests[0], 1, None)
+    server.answer_finally(late, fed(header(Command.FLUSH, cookie=1), server), [None])
     assert late == [m.encode_simple_reply(1)]
-    server.answer_late(late, batch.requests[0], 1, BLOCKED)
+    server.answer_finally(late, fed(header(Command.FLUSH, cookie=1), server), [BLOCKED])
     assert error_of(late[1:]) == NbdErrno.EIO
 
 
