@@ -306,12 +306,6 @@ def _validate(header: Header, name: str) -> None:
         _check_offset(name, field, offset, geometry)
     if header.l1_entries * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
         raise _corrupt(name, "l1_size", f"is {header.l1_entries}, the L1 table must not exceed {MAX_L1_BYTES} bytes")
-    if header.l1_entries < geometry.l1_entries_for(header.size_bytes):
-        raise _corrupt(
-            name,
-            "l1_size",
-            f"is {header.l1_entries}, a disk of {header.size_bytes} bytes needs {geometry.l1_entries_for(header.size_bytes)}",
-        )
     if header.refcount_table_clusters * geometry.cluster_bytes > MAX_REFCOUNT_TABLE_BYTES:
         raise _corrupt(
             name,

@@ -1,0 +1,51 @@
+# Needs python3 with venv and pip, and make. Everything else is installed into .venv by the first target that needs it.
+#   make demo [IMAGE=disk.qcow2]   make test [PYTEST_ARGS="-k header"]   make check   make bench   make crash
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+IMAGE ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check bench crash format clean
+
+help:
+	@sed -n '2s/^# *//p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)
+
+# Again only when pyproject.toml changed: the code itself is installed in place.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python demo/demo.py $(IMAGE)
+
+test: $(STAMP)
+	@bash scripts/judges.sh
+	$(BIN)/python -m pytest -n 2 -rs $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+bench: $(STAMP)
+	$(BIN)/python -m bench
+
+crash: $(STAMP)
+	$(BIN)/cowfence crash $(CRASH_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist demo-work

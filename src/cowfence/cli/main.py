@@ -1,0 +1,132 @@
+"""The ``cowfence`` command: finds the subcommand, imports only that one, and turns errors into one line.
+
+A subcommand is a module ``cowfence.cli.<name>`` with two functions: ``configure(parser)`` adds its arguments,
+``run(arguments)`` does the work and returns the exit code. Its line in ``COMMANDS`` is what ``cowfence --help`` shows, so that
+help imports none of them.
+
+Exit codes: 0 and 1 as everywhere, mistakes in the command line too (2 and 3 mean something in ``check``, as in qemu-img);
+130 after Ctrl-C; 141 where the reader of our output went away, as a program killed by SIGPIPE has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
+
+from cowfence import __version__
+from cowfence.errors import CowfenceError
+
+if TYPE_CHECKING:
+    from cowfence.disk.opener import Refs
+
+COMMANDS: Final[dict[str, str]] = {}
+"""Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141
+
+
+class Command(Protocol):
+    """What a subcommand's module provides."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors look like all others: one line ``prog: message``, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` by default); returns the exit code. Prints no traceback for what users can cause."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        # Here, not at exit: a full disk or a closed pipe has to reach the code below.
+        sys.stdout.flush()
+    except CowfenceError as error:
+        return _failed(str(error))
+    except BrokenPipeError:
+        _drop_unwritable_output()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _drop_unwritable_output()
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _run(words: list[str]) -> int:
+    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"cowfence {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    command: Command | None = None
+    for name, line in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=line, description=line, allow_abbrev=False)
+        if name == chosen:
+            command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
+            command.configure(subparser)
+    arguments = parser.parse_args(words)
+    assert command is not None  # argparse refuses a command that is not in the table.
+    return command.run(arguments)
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """``--output``, which every subcommand has."""
+    parser.add_argument("--output", choices=("human", "json"), default="human", help="form of the result (default: human)")
+
+
+def add_reference_options(parser: argparse.ArgumentParser) -> None:
+    """``--ref-root`` and ``--untrusted``, for subcommands that open the files that an image names; see ``references``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--ref-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="also open backing files under DIR (default: only under the image's own directory)",
+    )
+    group.add_argument("--untrusted", action="store_true", help="open no file that an image names")
+
+
+def references(arguments: argparse.Namespace, image: str) -> Refs:
+    """The policy that the options of ``add_reference_options`` ask for."""
+    from cowfence.disk.opener import Refs
+
+    if arguments.untrusted:
+        return Refs.none()
+    if arguments.ref_root:
+        return Refs.under(os.path.dirname(os.path.abspath(image)), *arguments.ref_root)
+    return Refs.beside(image)
+
+
+def _drop_unwritable_output() -> None:
+    """Send what is still buffered nowhere if it cannot be written: the interpreter would try, and complain, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _failed(message: str) -> int:
+    # Names come from images and from users: whatever is in them, it stays one line and steers no terminal.
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    print(f"cowfence: {shown}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,263 @@
+"""The broken orders of the crash contract, each as a patch of the engine. They live here, never in the product.
+
+Each mutant is a context manager: inside it the engine does the wrong thing in one respect. ``scenario`` names where it shows,
+``power_only`` that a killed process cannot show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from cowfence.qcow2 import transaction
+from cowfence.qcow2.allocator import Allocator
+from cowfence.qcow2.image import Qcow2Disk
+from cowfence.qcow2.layout import Layout
+from cowfence.qcow2.state import State
+from cowfence.qcow2.tables import Kind
+from cowfence.qcow2.transaction import Change, Committer, Frozen, Pending, Stage, write_changes
+from cowfence.storage.base import Buffer
+from cowfence.storage.record import RecordingStorage
+
+Patch = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``clauses``: one of them must be what the judge names."""
+
+    name: str
+    scenario: str
+    patch: Patch
+    power_only: bool = False
+    clauses: tuple[str, ...] = ("C1", "C3", "C5")
+
+
+def _finish(self: Committer, frozen: Frozen) -> None:
+    """What the true commit does in memory between LINK's fence and RECLAIM."""
+    with self._lock:
+        for table in frozen.tables:
+            table.frozen = False
+        for table in frozen.fresh:
+            table.fresh = False
+        for linked in frozen.on_linked:
+            linked()
+
+
+_HELD: list[tuple[RecordingStorage, int, list[Buffer], str]] = []
+
+
+@contextmanager
+def _holding_data() -> Iterator[None]:
+    """Guest data waits in ``_HELD`` until the order says "data"."""
+    true = RecordingStorage.writev
+
+    def writev(self: RecordingStorage, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        if mark == "data.write":
+            _HELD.append((self, offset, [bytes(buffer) for buffer in buffers], mark))
+        else:
+            true(self, offset, buffers, mark)
+
+    _HELD.clear()
+    with (
+        mock.patch.object(RecordingStorage, "writev", writev),
+        mock.patch.object(RecordingStorage, "true_writev", true, create=True),
+    ):
+        yield
+
+
+def order(*actions: str) -> Patch:
+    """A commit that does the named actions in the named order."""
+
+    def commit(self: Committer, frozen: Frozen) -> None:
+        for action in actions:
+            if action == "fence":
+                self._fence("mutant.fence")
+            elif action == "data":
+                for storage, offset, buffers, mark in _HELD:
+                    storage.true_writev(offset, buffers, mark)  # type: ignore[attr-defined]
+                _HELD.clear()
+            elif action == "reclaim":
+                _finish(self, frozen)
+                self._reclaimer.reclaim(frozen.freed)
+            elif action == "top links":
+                top = [c for c in frozen.stage(Stage.LINK) if c.kind in (Kind.L1, Kind.REFCOUNT_TABLE, Kind.HEADER)]
+                write_changes(self._storage, self._layout, top)
+            elif action == "live link":
+                live = [
+                    Change(Stage.LINK, 0, c.offset, table.sector((c.offset - table.offset) // 512), c.mark, c.kind)
+                    for c in frozen.stage(Stage.LINK)
+                    for table in frozen.tables
+                    if table.offset <= c.offset < table.offset + 512
+                ]
+                write_changes(self._storage, self._layout, live)
+            else:
+                write_changes(self._storage, self._layout, frozen.stage(Stage[action.upper()]))
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with mock.patch.object(Committer, "_commit", commit):
+            if "data" in actions:
+                with _holding_data():
+                    yield
+            else:
+                yield
+
+    return patched
+
+
+@contextmanager
+def _no_flush_fence() -> Iterator[None]:
+    true = Committer._fence
+
+    def fence(self: Committer, mark: str) -> None:
+        if mark not in ("link.fence", "data.fence"):
+            true(self, mark)
+
+    with mock.patch.object(Committer, "_fence", fence):
+        yield
+
+
+@contextmanager
+def _flush_writes_no_tables() -> Iterator[None]:
+    def flush(self: Qcow2Disk) -> None:
+        self.storage.fence("mutant.fence")
+
+    with mock.patch.object(Qcow2Disk, "flush", flush):
+        yield
+
+
+@contextmanager
+def _reused_at_once() -> Iterator[None]:
+    """A freed cluster is counted down in memory and handed out again before its unlink is anywhere."""
+    states: list[State] = []
+    true_init = State.__init__
+
+    def init(self: State, *args: Any, **kwargs: Any) -> None:
+        true_init(self, *args, **kwargs)
+        states.append(self)
+
+    def free(self: Pending, first: int, count: int = 1, *, discard: bool = False) -> None:  # noqa: ARG001
+        state = next(state for state in reversed(states) if state.pending is self)
+        block = state.refcounts.block_of(first, wait=True)
+        assert block is not None
+        block.set(first % state.geometry.refcounts_per_block, 0)
+        self.touch(block)
+        state.allocator._returned.append(first)
+        state.allocator.free += 1
+
+    with mock.patch.object(State, "__init__", init), mock.patch.object(Pending, "free", free):
+        yield
+
+
+@contextmanager
+def _block_on_callers_cluster() -> Iterator[None]:
+    """The refcount block takes the cluster that the caller is about to get."""
+
+    def look_ahead(self: Allocator, *, wait: bool) -> None:
+        if self._block_pending or self._to_scan or not 1 <= self.free <= self._lookahead:
+            return
+        index = self._next_index()
+        run = self.reserve(1, wait=wait)
+        assert index is not None
+        self._add_block(index, run[0].first)
+        self._refcounts.increment(run[0].first)
+        self.give_back(run)
+
+    def claim_nothing(self: Layout, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    with (
+        mock.patch.object(Allocator, "look_ahead", look_ahead),
+        mock.patch.object(Layout, "check_data", claim_nothing),
+        mock.patch.object(Layout, "claim_new", claim_nothing),
+        mock.patch.object(Layout, "check_table", claim_nothing),
+    ):
+        yield
+
+
+@contextmanager
+def _covered_before_linked() -> Iterator[None]:
+    """Clusters are handed out while their refcount block's own link is still pending."""
+    true = Allocator._add_block
+
+    def add_block(self: Allocator, index: int, cluster: int) -> Any:
+        block = true(self, index, cluster)
+        self._pending.on_linked.pop()
+        self._covered(index)
+        return block
+
+    with mock.patch.object(Allocator, "_add_block", add_block):
+        yield
+
+
+MUTANTS = [
+    Mutant(
+        "M1 order before the 2008 patch", "shared", order("reclaim", "prepare", "link", "data", "fence"), clauses=("C3", "C5")
+    ),
+    Mutant("M2 L2 before guest data", "allocate", order("prepare", "fence", "link", "data", "fence", "reclaim")),
+    Mutant(
+        "M3 L2 before refcounts up", "in-place-and-new", order("link", "fence", "prepare", "fence", "reclaim"), clauses=("C5",)
+    ),
+    Mutant("M4 refcounts down before L2", "compressed", order("prepare", "fence", "reclaim", "link", "fence")),
+    Mutant(
+        "M5 no fence between PREPARE and LINK, refcount side",
+        "in-place-and-new",
+        order("fence", "prepare", "link", "fence", "reclaim"),
+        power_only=True,
+        clauses=("C5",),
+    ),
+    Mutant(
+        "M6 no fence between PREPARE and LINK, data side",
+        "in-place-and-new",
+        order("prepare", "fence", "data", "link", "fence", "reclaim"),
+        power_only=True,
+    ),
+    Mutant("M7 flush without a fence", "in-place-and-new", _no_flush_fence, power_only=True, clauses=("C3",)),
+    Mutant("M8 flush fences and writes no tables", "allocate", _flush_writes_no_tables, clauses=("C3",)),
+    Mutant("M9 reused at once, compressed", "compressed", _reused_at_once, clauses=("C1", "C3")),
+    Mutant("M9 reused at once, discard", "discard-then-write", _reused_at_once, clauses=("C3",)),
+    Mutant("M9 reused at once, zero with unmap", "zero-then-write", _reused_at_once, clauses=("C3",)),
+    Mutant(
+        "M12 L1 entry before the new L2 table",
+        "allocate",
+        order("top links", "prepare", "fence", "link", "fence", "reclaim"),
+        clauses=("C1", "C3", "C5"),
+    ),
+    Mutant(
+        "M13 header's L1 pointer before the new L1 table",
+        "l1-growth",
+        order("top links", "prepare", "fence", "link", "fence", "reclaim"),
+        clauses=("C1", "C3", "C5"),
+    ),
+    Mutant(
+        "M14 refcount-table entry before its block",
+        "refcount-block",
+        order("top links", "prepare", "fence", "link", "fence", "reclaim"),
+        clauses=("C5",),
+    ),
+    Mutant(
+        "M15 refcount block on the caller's own cluster",
+        "refcount-block",
+        _block_on_callers_cluster,
+        clauses=("C1", "C3", "C5"),
+    ),
+    Mutant(
+        "M31 refcount-table entry in the LINK of an L2 entry that it counts",
+        "refcount-block-unflushed",
+        _covered_before_linked,
+        power_only=True,
+        clauses=("C5",),
+    ),
+    Mutant(
+        "M33 LINK writes the live sector",
+        "inside-fence",
+        order("prepare", "fence", "live link", "fence", "reclaim"),
+        clauses=("C3", "C5"),
+    ),
+]
+
+__all__ = ["MUTANTS", "Mutant", "transaction"]
