@@ -48,7 +48,9 @@ def read_bitmap_directory(storage: Storage, pointer: BitmapsPointer, geometry: G
         if start + name_bytes > len(data):
             raise Corrupt(f"{where}: entry {number}", "it reaches past the end of the directory")
         if table_offset & geometry.cluster_mask or table_offset >= 1 << MAX_HOST_BITS:
-            raise Corrupt(f"{where}: entry {number}", f"table offset {table_offset:#x} is misaligned, or beyond 2**{MAX_HOST_BITS}")
+            raise Corrupt(
+                f"{where}: entry {number}", f"table offset {table_offset:#x} is misaligned, or beyond 2**{MAX_HOST_BITS}"
+            )
         if table_entries > _MAX_TABLE_ENTRIES or flags & ~_KNOWN_FLAGS:
             raise Corrupt(f"{where}: entry {number}", f"{table_entries} table entries or flags {flags:#x} are not valid")
         entries.append(BitmapEntry(data[start : start + name_bytes], table_offset, table_entries, flags, granularity_bits))

@@ -70,7 +70,7 @@ _WORDS: Final[Mapping[Problem, str]] = {
 
 
 class Finding(NamedTuple):
-    """One finding: ``place`` and ``index`` say where it stands, the rest are the numbers that it is about.
+    """One finding: ``place`` and ``indices`` say where it stands, the rest are the numbers that it is about.
 
     ``cluster`` and ``offset``: the host cluster concerned, and its offset in bytes (or the byte offset that an entry names).
     ``entry``: the word found. ``stored``, ``references``: the refcount on disk, and the references counted. ``detail``: what a
@@ -80,7 +80,7 @@ class Finding(NamedTuple):
     problem: Problem
     grade: Grade
     place: str
-    index: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     cluster: int | None = None
     offset: int | None = None
     entry: int | None = None
@@ -91,8 +91,8 @@ class Finding(NamedTuple):
     @property
     def where(self) -> str:
         """``L2[3][17]``, ``cluster 42 at offset 0x2a0000``."""
-        if self.index:
-            return self.place + "".join(f"[{index}]" for index in self.index)
+        if self.indices:
+            return self.place + "".join(f"[{index}]" for index in self.indices)
         if self.cluster is not None:
             return f"{self.place} {self.cluster} at offset {self.offset:#x}"
         return self.place
@@ -120,9 +120,7 @@ class Collector:
             self.kept.append(finding)
         self.totals[key] += 1
 
-    def add_many(
-        self, problem: Problem, grade: Grade, total: int, first: Callable[[int], Iterable[Finding]]
-    ) -> None:
+    def add_many(self, problem: Problem, grade: Grade, total: int, first: Callable[[int], Iterable[Finding]]) -> None:
         """``total`` findings of one sort; ``first(n)`` makes the first n of them."""
         if not total:
             return

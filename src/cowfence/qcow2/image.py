@@ -32,14 +32,12 @@ from cowfence.qcow2.header import (
     check_bounds,
     check_overlaps,
     check_supported,
-    cluster_bytes_of,
     feature_bits_patch,
-    parse_header,
 )
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.read import Reads
-from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit
+from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit, read_header
 from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.snapshot_table import read_snapshots
@@ -53,7 +51,6 @@ from cowfence.units import MIB
 
 T = TypeVar("T")
 
-_HEADER_PREFIX_BYTES = 128
 _EXTENTS_PIECE_BYTES = 1 << 40
 
 
@@ -79,16 +76,6 @@ class Options:
     commit_interval: float | None = 5.0
     discards: bool = True
     quarantine_bytes: int = 256 * MIB
-
-
-def read_header(storage: Storage) -> Header:
-    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
-    prefix = bytearray(_HEADER_PREFIX_BYTES)
-    got = storage.readv(0, (prefix,))
-    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
-    cluster = bytearray(length_bytes)
-    got = storage.readv(0, (cluster,))
-    return parse_header(bytes(cluster[:got]), storage.name)
 
 
 def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
