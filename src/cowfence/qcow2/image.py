@@ -496,7 +496,9 @@ class Qcow2Disk:
                 # It may commit, or wait for the host: refuse early what is wrong, and leave the rest to a thread that may wait.
                 self._check_range(offset, len(data) if verb is Verb.WRITE else length_bytes)
                 self._check_writable()
-                return BLOCKED
+                if verb is Verb.WRITE or fua or not self._one_piece(request):
+                    return BLOCKED
+                return None
             if verb is Verb.WRITE:
                 self.write(offset, data, fua=fua)
             elif verb is Verb.ZERO:
@@ -510,6 +512,26 @@ class Qcow2Disk:
             return BLOCKED
         except CowfenceError as error:
             return error
+
+    def _one_piece(self, request: Request) -> bool:
+        """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
+        verb, offset, length_bytes, _, _, unmap = request
+        aligned = length_bytes and not (offset | length_bytes) & self._within_mask
+        if not aligned or offset >> self._l1_shift != offset + length_bytes - 1 >> self._l1_shift:
+            return False
+        if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
+            return False
+        with self._lock:
+            try:
+                if verb is Verb.ZERO:
+                    done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
+                else:
+                    done = self._zeroes.discard(offset, length_bytes, wait=False)
+            except (Cold, NeedsCommit, NoSpace):
+                return False
+        if self._interval is not None:
+            self._interval.start()
+        return done == length_bytes
 
     # The loop around every plan
 
