@@ -1,0 +1,768 @@
+"""The NBD server: sockets around the protocol machines, and disks behind them.
+
+**One thread serves all connections.** It waits for sockets, receives what has come (usually many requests), hands all of it
+to ``Disk.submit(..., wait=False)`` as one batch, and answers with one vectored send. What a disk answers ``BLOCKED`` (cold
+reads, fences), and what may take long in any case (block status, caching), goes to a pool of threads and is answered when it
+is done, in any order; so a slow disk, a flush or a slow client never stops another client. One exception: handing a job to a
+thread and back costs more than a quick fence does (tmpfs, disks with a protected cache), so after a row of quick ones the
+next flush is waited for in the loop, until one is slow again.
+
+**Bounds.** Each client has a limit of requests and of bytes that are taken in but not yet answered. At the limit its socket
+is not read; TCP or the Unix socket then holds the client back. A client that does not read its replies fills only its own
+limit. Connections are limited too: beyond it new ones wait in the listen queue, and those that do not finish the handshake in
+time are closed, so that idle ones cannot keep others out for ever.
+
+**Flush.** A FLUSH covers every write whose reply was sent before, on any connection to the export: such a write has been
+acknowledged by the one disk that they share, and ``Disk.flush`` covers all that. Hence CAN_MULTI_CONN.
+
+**Stopping.** ``stop`` may be called from any thread and from a signal handler. New requests are then answered ESHUTDOWN,
+those in flight are finished and answered, and ``serve_forever`` returns when all connections are closed; clients that do
+not take their replies are cut off after a time, but never before the disk has finished with their requests. The disks
+belong to the caller, who closes them afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import queue
+import select
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from cowfence.disk.base import Disk, Outcome, Request, Verb
+from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
+from cowfence.nbd.handshake import ExportInfo, ServerHandshake
+from cowfence.nbd.messages import Command, ProtocolError
+from cowfence.nbd.transmission import (
+    Batch,
+    Query,
+    QueryResult,
+    Reply,
+    ServerTransmission,
+    block_descriptors,
+    export_flags,
+)
+from cowfence.nbd.uri import NbdUri
+from cowfence.units import KIB, MIB
+
+_log = logging.getLogger(__name__)
+
+_IOV_MAX: Final = 1024
+_HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
+_ROUNDS: Final = 4
+_BACKLOG: Final = 128
+_CACHE_STEP_BYTES: Final = MIB
+_QUICK_SECONDS: Final = 0.00025
+_QUICK_ROW: Final = 16
+_READS_OF_A_JOB: Final = 8
+"""Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
+waits for all; one to a job measured 26k a second, eight 30k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A disk under a name. ``read_only`` refuses writes even where the disk would take them."""
+
+    disk: Disk
+    read_only: bool = False
+    description: str = ""
+
+    @property
+    def writable(self) -> bool:
+        return self.disk.writable and not self.read_only
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients may cost. Those named ``client_`` hold for each connection.
+
+    ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
+    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
+    """
+
+    connections: int = 100
+    handshake_seconds: float = 10.0
+    client_requests: int = 128
+    client_bytes: int = 64 * MIB
+    client_unsent_bytes: int = 4 * MIB
+    batch_bytes: int = 4 * MIB
+    workers: int = 16
+    stop_seconds: float = 10.0
+
+
+class _ExportTable(Mapping[str, ExportInfo]):
+    """The exports as the handshake sees them; a disk is asked about itself only when a client names it."""
+
+    def __init__(self, exports: Mapping[str, Export]) -> None:
+        self._exports = exports
+
+    def __getitem__(self, name: str) -> ExportInfo:
+        export = self._exports[name]
+        preferred_bytes = 1 << max(export.disk.block_bytes - 1, 0).bit_length()
+        return ExportInfo(
+            name,
+            export.disk.size,
+            export_flags(writable=export.writable),
+            export.description,
+            preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._exports)
+
+    def __len__(self) -> int:
+        return len(self._exports)
+
+
+@dataclass(eq=False, slots=True)
+class _Pace:
+    """How quick fences have been lately, as one client has met them: ``quick_row`` in a row stayed below the limit."""
+
+    quick_row: int = 0
+
+    @property
+    def quick(self) -> bool:
+        return self.quick_row >= _QUICK_ROW
+
+    def note(self, seconds: float) -> None:
+        self.quick_row = self.quick_row + 1 if seconds < _QUICK_SECONDS else 0
+
+
+class _Job(NamedTuple):
+    """Work for the pool: requests of the disk, which are done together, or a query."""
+
+    connection: _Connection
+    disk: Disk
+    work: Batch | Query
+    requests: int
+    cost_bytes: int
+
+
+class _Done(NamedTuple):
+    """A finished job: the outcomes of a batch, or the result of a query; and how long it took."""
+
+    job: _Job
+    outcomes: list[Outcome]
+    result: QueryResult
+    seconds: float
+
+
+class _Bell:
+    """Wakes the loop from other threads and from signal handlers.
+
+    Its descriptor lives as long as the object: closed earlier, a late ring could write into whatever took its number.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._rung = False
+
+    def ring(self) -> None:
+        if self._rung:
+            return
+        self._rung = True
+        with suppress(BlockingIOError):  # a full counter rings already
+            os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        """To be called before looking for what was rung for: what comes after the look then rings anew."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        self._rung = False
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """One client. ``transmission`` and ``disk`` are there once the handshake is over."""
+
+    sock: socket.socket
+    fd: int
+    handshake: ServerHandshake
+    deadline: float
+    transmission: ServerTransmission | None = None
+    disk: Disk | None = None
+    pace: _Pace = field(default_factory=_Pace)
+    unsent: deque[Reply] = field(default_factory=deque)
+    unsent_bytes: int = 0
+    jobs: int = 0
+    jobs_bytes: int = 0
+    interest: int = select.EPOLLIN
+    leaving: bool = False
+    closed: bool = False
+
+
+class Server:
+    """Serves exports over NBD. Listen first, then call ``serve_forever`` in the thread that is to do the work.
+
+    The mapping of exports is read when a client asks; entries may be added and taken away between that.
+    """
+
+    def __init__(self, exports: Mapping[str, Export], *, limits: Limits | None = None) -> None:
+        self._exports = exports
+        self._limits = limits or Limits()
+        self._table = _ExportTable(exports)
+        self._epoll = select.epoll()
+        self._bell = _Bell()
+        self._epoll.register(self._bell.fd, select.EPOLLIN)
+        self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
+        self._listeners: list[socket.socket] = []
+        self._accepting = False
+        self._unix_paths: list[tuple[str, int]] = []
+        self._addresses: list[NbdUri] = []
+        self._connections: dict[int, _Connection] = {}
+        self._negotiating: deque[_Connection] = deque()
+        self._workers = _Workers(self._limits.workers, self._bell)
+        self._stop_wanted = False
+        self._stop_deadline: float | None = None
+        self._closed = False
+
+    # --- listening ---
+
+    def listen_unix(self, path: str) -> str:
+        """Listen at a Unix socket, whose access the umask decides. Returns the path.
+
+        A socket file that nobody listens at any more is replaced. Raises ``Locked`` where a server listens,
+        ``StorageFailed`` where the path cannot be used.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._bind_unix(listener, path)
+        except OSError as error:
+            listener.close()
+            raise StorageFailed(path, "listen", 0, error) from error
+        except CowfenceError:
+            listener.close()
+            raise
+        self._unix_paths.append((path, os.stat(path).st_ino))
+        self._add_listener(listener, NbdUri(socket_path=path))
+        return path
+
+    @staticmethod
+    def _bind_unix(listener: socket.socket, path: str) -> None:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1)
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
+                else:
+                    raise Locked(path, "another server listens at this socket") from error
+            listener.bind(path)
+        listener.listen(_BACKLOG)
+
+    def listen_tcp(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Listen at a TCP port; 0 lets the host choose one. Returns the actual address. Raises ``StorageFailed``."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(_BACKLOG)
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            raise StorageFailed(f"{host}:{port}", "listen", 0, error) from error
+        actual: tuple[str, int] = listener.getsockname()[:2]
+        self._add_listener(listener, NbdUri(host=actual[0], port=actual[1]))
+        return actual
+
+    def listen_on(self, listener: socket.socket) -> None:
+        """Serve a listening socket made elsewhere (socket activation). Takes it over."""
+        name = listener.getsockname()
+        if listener.family == socket.AF_UNIX:
+            address = NbdUri(socket_path=name if isinstance(name, str) else os.fsdecode(name))
+        else:
+            address = NbdUri(host=name[0], port=name[1])
+        self._add_listener(listener, address)
+
+    def _add_listener(self, listener: socket.socket, address: NbdUri) -> None:
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._addresses.append(address)
+        self._handlers[listener.fileno()] = lambda _events: self._on_connect(listener)
+        if self._accepting:
+            self._epoll.register(listener, select.EPOLLIN)
+        else:
+            self._accept(wanted=True)
+
+    def uri(self, export: str = "") -> str:
+        """The NBD URI of an export at the first address listened at. Raises ``Invalid`` before that."""
+        if not self._addresses:
+            raise Invalid("the server does not listen yet")
+        first = self._addresses[0]
+        return str(NbdUri(export, first.host, first.port, first.socket_path))
+
+    # --- the loop ---
+
+    def serve_forever(self) -> None:
+        """Serve until ``stop``; then everything is closed and the server cannot be used again."""
+        poll, handlers = self._epoll.poll, self._handlers
+        try:
+            while not self._finished():
+                for fd, events in poll(self._timeout_seconds()):
+                    handler = handlers.get(fd)
+                    if handler is not None:  # else closed by an earlier event of this round
+                        handler(events)
+                if self._negotiating or self._stop_wanted:
+                    self._look_at_clock()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Ask ``serve_forever`` to end. From any thread or signal handler; may be called again, and before it begins."""
+        self._stop_wanted = True
+        self._bell.ring()
+
+    def _timeout_seconds(self) -> float | None:
+        deadlines = [self._negotiating[0].deadline] if self._negotiating else []
+        if self._stop_deadline is not None and self._stop_deadline != math.inf:
+            deadlines.append(self._stop_deadline)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _finished(self) -> bool:
+        return self._stop_deadline is not None and not self._connections and not self._workers.busy
+
+    def _look_at_clock(self) -> None:
+        if self._stop_wanted and self._stop_deadline is None:
+            self._begin_stop()
+        now = time.monotonic()
+        negotiating = self._negotiating
+        while negotiating and (negotiating[0].closed or negotiating[0].transmission or negotiating[0].deadline <= now):
+            connection = negotiating.popleft()
+            if not connection.closed and connection.transmission is None:
+                self._drop(connection, "the handshake took too long")
+        if self._stop_deadline is not None and self._stop_deadline <= now:
+            for connection in list(self._connections.values()):
+                self._drop(connection, "replies were not taken before the end")
+            # What the disk still has to finish is waited for without a limit.
+            self._stop_deadline = math.inf
+
+    def _begin_stop(self) -> None:
+        self._stop_deadline = time.monotonic() + self._limits.stop_seconds
+        self._accept(wanted=False)
+        self._close_listeners()
+        for connection in list(self._connections.values()):
+            if connection.transmission is None:
+                self._drop(connection, "the server is stopping")
+            else:
+                connection.transmission.stopping = True
+                self._on_ready(connection, select.EPOLLIN)
+                connection.leaving = True
+                self._settle(connection)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            self._handlers.pop(listener.fileno(), None)
+            listener.close()
+        self._listeners.clear()
+        for path, inode in self._unix_paths:
+            with suppress(OSError):
+                if os.lstat(path).st_ino == inode:
+                    os.unlink(path)
+        self._unix_paths.clear()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._close_listeners()
+        for connection in list(self._connections.values()):
+            self._drop(connection, "the server has ended")
+        self._workers.close()
+        self._epoll.close()
+
+    # --- connections ---
+
+    def _accept(self, *, wanted: bool) -> None:
+        if wanted == self._accepting or (wanted and self._stop_wanted):
+            return
+        self._accepting = wanted
+        for listener in self._listeners:
+            if wanted:
+                self._epoll.register(listener, select.EPOLLIN)
+            else:
+                self._epoll.unregister(listener)
+
+    def _on_connect(self, listener: socket.socket) -> None:
+        while self._accepting:
+            if len(self._connections) >= self._limits.connections:
+                self._accept(wanted=False)
+                return
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                _log.warning("accept: %s", error)
+                if self._connections:
+                    self._accept(wanted=False)  # goes on when a connection ends
+                else:
+                    time.sleep(0.1)  # out of descriptors with nobody to free one: do not spin
+                return
+            sock.setblocking(False)
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            handshake = ServerHandshake(self._table)
+            deadline = time.monotonic() + self._limits.handshake_seconds
+            connection = _Connection(sock, sock.fileno(), handshake, deadline)
+            self._connections[connection.fd] = connection
+            self._negotiating.append(connection)
+            self._epoll.register(connection.fd, connection.interest)
+            self._handlers[connection.fd] = self._handler(connection)
+            self._send(connection, [handshake.receive()])
+
+    def _handler(self, connection: _Connection) -> Callable[[int], None]:
+        return lambda events: self._on_ready(connection, events)
+
+    def _drop(self, connection: _Connection, why: str = "") -> None:
+        """Close a connection now. What the pool still does for it is finished and then forgotten."""
+        if connection.closed:
+            return
+        if why:
+            _log.info("connection closed: %s", why)
+        connection.closed = True
+        del self._connections[connection.fd]
+        del self._handlers[connection.fd]
+        self._epoll.unregister(connection.fd)
+        connection.unsent.clear()
+        connection.sock.close()
+        self._accept(wanted=True)
+
+    def _on_ready(self, connection: _Connection, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._send_more(connection)
+            if connection.closed:
+                return
+            if connection.transmission is not None:
+                self._serve(connection, connection.transmission)
+        if events & select.EPOLLIN and not connection.closed and connection.interest & select.EPOLLIN:
+            if connection.transmission is None:
+                self._negotiate(connection)
+            else:
+                self._receive(connection, connection.transmission)
+        elif events & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(connection)
+        if not connection.closed:
+            self._settle(connection)
+
+    def _settle(self, connection: _Connection) -> None:
+        """Close a connection that has nothing left to do, else wait for what it may do next."""
+        transmission, limits = connection.transmission, self._limits
+        if connection.closed:
+            return
+        if connection.leaving and not connection.jobs and not connection.unsent:
+            if transmission is None or not transmission.has_complete:
+                self._drop(connection)
+            return
+        interest = select.EPOLLOUT if connection.unsent else 0
+        if not connection.leaving and connection.unsent_bytes < limits.client_unsent_bytes and self._has_room(connection):
+            interest |= select.EPOLLIN
+        if interest != connection.interest:
+            connection.interest = interest
+            self._epoll.modify(connection.fd, interest)
+
+    def _has_room(self, connection: _Connection) -> bool:
+        limits = self._limits
+        return (
+            connection.jobs < limits.client_requests
+            and connection.jobs_bytes + connection.unsent_bytes < limits.client_bytes
+            and not (connection.transmission is not None and connection.transmission.has_complete)
+        )
+
+    def _negotiate(self, connection: _Connection) -> None:
+        handshake = connection.handshake
+        try:
+            data = connection.sock.recv(_HANDSHAKE_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        if not data:
+            self._drop(connection)
+            return
+        self._send(connection, [handshake.receive(data)])
+        if connection.closed or not handshake.ended:
+            return
+        agreed = handshake.result
+        export = self._exports.get(agreed.export.name) if agreed is not None else None
+        if agreed is None or export is None:
+            if handshake.problem is not None:
+                _log.info("handshake: %s", handshake.problem)
+            connection.leaving = True
+            return
+        connection.disk = export.disk
+        connection.transmission = ServerTransmission(
+            agreed.export.size_bytes,
+            writable=export.writable,
+            block_bytes=export.disk.block_bytes,
+            structured=agreed.structured,
+            allocation_context=agreed.allocation_context,
+        )
+        connection.transmission.feed(handshake.trailing)
+        self._serve(connection, connection.transmission)
+
+    # --- the hot path ---
+
+    def _receive(self, connection: _Connection, transmission: ServerTransmission) -> None:
+        """Take what has arrived, a few times: what came while the last batch was done saves a turn of the loop."""
+        recv_into = connection.sock.recv_into
+        for _ in range(_ROUNDS):
+            try:
+                count = recv_into(transmission.space())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._drop(connection, str(error))
+                return
+            if not count:
+                connection.leaving = True
+                return
+            transmission.received(count)
+            self._serve(connection, transmission)
+            if connection.closed or connection.leaving or connection.unsent or connection.jobs or transmission.has_complete:
+                return
+
+    def _serve(self, connection: _Connection, transmission: ServerTransmission) -> None:
+        """Do the requests that stand complete in the buffer, as far as the limits allow."""
+        limits, disk = self._limits, connection.disk
+        assert disk is not None  # set together with the transmission
+        while not connection.closed and connection.unsent_bytes < limits.client_unsent_bytes:
+            room_requests = limits.client_requests - connection.jobs
+            room_bytes = limits.client_bytes - connection.jobs_bytes - connection.unsent_bytes
+            if room_requests <= 0 or room_bytes <= 0:
+                return
+            try:
+                batch = transmission.next_batch(room_requests, min(room_bytes, limits.batch_bytes))
+            except ProtocolError as error:
+                self._drop(connection, str(error))
+                return
+            replies = batch.replies
+            if batch.requests:
+                outcomes = _submit(disk, batch.requests, wait=False)
+                blocked = transmission.answer(replies, batch, outcomes)
+                if blocked:
+                    if connection.pace.quick and not self._workers.busy:
+                        blocked = self._wait_here(connection, disk, batch, blocked)
+                    transmission.keep_data(batch, blocked)
+                    self._defer(connection, disk, batch, blocked)
+            for query in batch.queries:
+                self._enqueue(connection, disk, query)
+            if replies:
+                self._send(connection, replies)
+            if transmission.disconnecting:
+                connection.leaving = True
+            if not transmission.has_complete:
+                return
+
+    def _send(self, connection: _Connection, replies: list[Reply]) -> None:
+        if connection.unsent or len(replies) > _IOV_MAX:
+            connection.unsent.extend(replies)
+            connection.unsent_bytes += sum(map(len, replies))
+            self._send_more(connection)
+            return
+        try:
+            sent = connection.sock.sendmsg(replies)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        total_bytes = sum(map(len, replies))
+        if sent != total_bytes:
+            connection.unsent.extend(replies)
+            connection.unsent_bytes = total_bytes
+            self._sent(connection, sent)
+
+    def _send_more(self, connection: _Connection) -> None:
+        unsent = connection.unsent
+        while unsent:
+            some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
+            try:
+                sent = connection.sock.sendmsg(some)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._drop(connection, str(error))
+                return
+            self._sent(connection, sent)
+
+    @staticmethod
+    def _sent(connection: _Connection, sent: int) -> None:
+        unsent = connection.unsent
+        connection.unsent_bytes -= sent
+        while unsent and sent >= len(unsent[0]):
+            sent -= len(unsent.popleft())
+        if sent:
+            unsent[0] = memoryview(unsent[0])[sent:]
+
+    # --- the pool ---
+
+    def _wait_here(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> list[int]:
+        """Do the blocked flushes in the loop while they stay quick; returns what is still blocked."""
+        assert connection.transmission is not None  # it made the batch
+        left = []
+        for index in blocked:
+            request = batch.requests[index]
+            if not connection.pace.quick or not _fences(request):
+                left.append(index)
+                continue
+            alone = Batch()
+            alone.requests.append(request)
+            alone.cookies.append(batch.cookies[index])
+            began = time.perf_counter()
+            outcomes = _submit(disk, alone.requests, wait=True)
+            connection.pace.note(time.perf_counter() - began)
+            connection.transmission.answer_finally(batch.replies, alone, outcomes)
+        return left
+
+    def _defer(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
+        """Hand blocked requests to the pool: cold reads a few to a job, for handing over costs more than they do."""
+        reads = Batch()
+        for index in blocked:
+            request, cookie = batch.requests[index], batch.cookies[index]
+            job = reads if request.verb is Verb.READ else Batch()
+            job.requests.append(request)
+            job.cookies.append(cookie)
+            if job is not reads:
+                self._enqueue(connection, disk, job)
+            elif len(reads.requests) >= _READS_OF_A_JOB:
+                self._enqueue(connection, disk, reads)
+                reads = Batch()
+        if reads.requests:
+            self._enqueue(connection, disk, reads)
+
+    def _enqueue(self, connection: _Connection, disk: Disk, work: Batch | Query) -> None:
+        requests, cost_bytes = 1, 0
+        if isinstance(work, Batch):
+            requests, cost_bytes = len(work.requests), sum(request.length_bytes for request in work.requests)
+        connection.jobs += requests
+        connection.jobs_bytes += cost_bytes
+        self._workers.submit(_Job(connection, disk, work, requests, cost_bytes))
+
+    def _on_bell(self, _events: int) -> None:
+        self._bell.silence()
+        ready: dict[int, tuple[_Connection, list[Reply]]] = {}
+        for job, outcomes, result, seconds in self._workers.take_done():
+            connection, transmission = job.connection, job.connection.transmission
+            connection.jobs -= job.requests
+            connection.jobs_bytes -= job.cost_bytes
+            if connection.closed or transmission is None:
+                continue
+            _, replies = ready.setdefault(connection.fd, (connection, []))
+            if isinstance(job.work, Query):
+                transmission.answer_query(replies, job.work, result)
+            else:
+                transmission.answer_finally(replies, job.work, outcomes)
+                if _fences(job.work.requests[0]):
+                    connection.pace.note(seconds)
+        for connection, replies in ready.values():
+            self._send(connection, replies)
+            if not connection.closed and connection.transmission is not None:
+                self._serve(connection, connection.transmission)
+            self._settle(connection)
+
+
+class _Workers:
+    """A pool of threads, started as they are needed, that does jobs and keeps what came of them for the loop."""
+
+    def __init__(self, most: int, bell: _Bell) -> None:
+        self._most = most
+        self._bell = bell
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._done: deque[_Done] = deque()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0  # touched by the loop's thread only
+
+    @property
+    def busy(self) -> bool:
+        return self._unfinished > 0
+
+    def submit(self, job: _Job) -> None:
+        self._unfinished += 1
+        if len(self._threads) < min(self._unfinished, self._most):
+            thread = threading.Thread(target=self._work, name=f"nbd-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+
+    def take_done(self) -> list[_Done]:
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        self._unfinished -= len(done)
+        return done
+
+    def close(self) -> None:
+        """Wait for all jobs and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            began = time.perf_counter()
+            outcomes: list[Outcome] = []
+            result: QueryResult = None
+            if isinstance(job.work, Query):
+                result = _query(job.disk, job.work)
+            else:
+                outcomes = _submit(job.disk, job.work.requests, wait=True)
+            self._done.append(_Done(job, outcomes, result, time.perf_counter() - began))
+            self._bell.ring()
+
+
+def _fences(request: Request) -> bool:
+    return request.verb is Verb.FLUSH or (request.verb is Verb.WRITE and request.fua)
+
+
+def _submit(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
+    """``Disk.submit``, whose failure as a whole is the failure of each request."""
+    try:
+        return disk.submit(requests, wait=wait)
+    except CowfenceError as error:
+        return [error] * len(requests)
+    except Exception as error:
+        return [_defect(error)] * len(requests)
+
+
+def _query(disk: Disk, query: Query) -> QueryResult:
+    try:
+        if query.command is Command.BLOCK_STATUS:
+            return block_descriptors(disk.extents(query.offset, query.length_bytes), query)
+        buffer = memoryview(bytearray(min(query.length_bytes, _CACHE_STEP_BYTES)))
+        end = query.offset + query.length_bytes
+        for position in range(query.offset, end, _CACHE_STEP_BYTES):
+            disk.read_into(position, buffer[: end - position])
+    except CowfenceError as error:
+        return error
+    except Exception as error:
+        return _defect(error)
+    return None
+
+
+def _defect(error: Exception) -> CowfenceError:
+    # A defect of ours must cost the request that met it, not the loop, and not a thread of the pool and with it a hung client.
+    _log.error("a request met a defect", exc_info=error)
+    return CowfenceError(f"internal error: {type(error).__name__}")

@@ -1,0 +1,628 @@
+"""The transmission phase, both sides, without I/O.
+
+``ServerTransmission`` owns the buffer that the socket receives into. One receive usually brings many requests, and all of
+them leave together as a ``Batch`` that ``Disk.submit`` takes as it is; the answers become one list of buffers for one
+vectored send. Payloads are not copied on the way: the data of a WRITE is a slice of the receive buffer, the data of a READ
+is the buffer that the disk returned. Therefore a batch must be answered, or its data taken away with ``keep_data``, before
+the next receive.
+
+The rules it keeps ("Transmission phase" of the specification):
+
+- A request that breaks a rule is answered with an error and costs nothing else. The payload of a refused WRITE is skipped
+  without being stored; one so large that it can only be an attack closes the connection, as does a wrong magic, after
+  which nothing in the stream can be trusted.
+- Writes past the end: ENOSPC; anything else past the end: EINVAL; writes to a read-only export: EPERM.
+- With structured replies agreed on, every READ is answered by chunks, and every error by a chunk with a text. Other
+  successes stay simple replies, as the specification allows: they are shorter.
+- A batch is bounded in requests and in bytes, so that a client cannot make one receive cost more than the shell allows.
+
+``ClientTransmission`` is the other side; it checks every length and range that a server sends against what was asked.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Generator, Iterable, Sequence
+from typing import Final, NamedTuple, TypeAlias
+
+from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
+from cowfence.errors import CowfenceError, Invalid, NoSpace, ReadOnly
+from cowfence.extents import Extent
+from cowfence.nbd.messages import (
+    CHUNK_HEADER,
+    DATA_CHUNK,
+    PAYLOAD_MAX_BYTES,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STATUS_MAX_DESCRIPTORS,
+    STRING_MAX_BYTES,
+    STRUCTURED_REPLY_MAGIC,
+    Buffer,
+    Chunk,
+    ChunkHeader,
+    Command,
+    CommandFlag,
+    NbdErrno,
+    ProtocolError,
+    RequestHeader,
+    State,
+    decode_error_payload,
+    decode_hole_payload,
+    decode_status_payload,
+    encode_chunk,
+    encode_error_chunk,
+    encode_simple_reply,
+    encode_status_chunk,
+)
+from cowfence.nbd.messages import TransmissionFlag as Flag
+from cowfence.units import KIB, MIB
+
+Reply: TypeAlias = Buffer
+Descriptors: TypeAlias = list[tuple[int, int]]
+QueryResult: TypeAlias = Descriptors | CowfenceError | None
+"""BLOCK_STATUS: its descriptors. CACHE: None when done. Either: the error."""
+
+_HEADER_BYTES: Final = REQUEST.size
+_DESCRIPTORS_MAX: Final = 4096
+_SKIP_MAX_BYTES: Final = 2 * PAYLOAD_MAX_BYTES
+_BUFFER_BYTES: Final = 256 * KIB
+_BUFFER_KEEP_BYTES: Final = 4 * MIB
+
+# Plain ints: comparing with an IntFlag member costs a call into enum for each request.
+_FUA: Final = int(CommandFlag.FUA)
+_NO_HOLE: Final = int(CommandFlag.NO_HOLE)
+_DF: Final = int(CommandFlag.DF)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+_FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_MAGIC: Final = REQUEST_MAGIC
+_MAGIC_BYTES: Final = REQUEST_MAGIC.to_bytes(4, "big")
+_VERB_READ: Final = Verb.READ
+_VERB_WRITE: Final = Verb.WRITE
+_BUFFER_TYPES: Final = (bytearray, bytes, memoryview)
+
+_VALID_FLAGS: Final = {
+    Command.READ: _FUA,
+    Command.WRITE: _FUA,
+    Command.FLUSH: _FUA,
+    Command.TRIM: _FUA,
+    Command.CACHE: _FUA,
+    Command.WRITE_ZEROES: _FUA | _NO_HOLE | _FAST_ZERO,
+    Command.BLOCK_STATUS: _FUA | _REQ_ONE,
+}
+_WRITING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+
+
+class Query(NamedTuple):
+    """A request that is no ``Disk`` request: BLOCK_STATUS or CACHE."""
+
+    command: Command
+    cookie: int
+    offset: int
+    length_bytes: int
+    one: bool = False
+
+
+class Batch:
+    """The requests that stood complete in the receive buffer.
+
+    ``requests[i]`` has the cookie ``cookies[i]``. ``replies`` are answers already given, ``queries`` ask for what
+    ``Disk.submit`` does not know.
+    """
+
+    __slots__ = ("cookies", "queries", "replies", "requests")
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.cookies: list[int] = []
+        self.queries: list[Query] = []
+        self.replies: list[Reply] = []
+
+
+class ServerTransmission:
+    """The server's side of one connection. ``writable`` and ``flags``: of the export; ``block_bytes``: of its disk.
+
+    ``disconnecting`` is set once the client has said goodbye; nothing is read after that.
+    """
+
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        writable: bool = True,
+        block_bytes: int = 1,
+        structured: bool = False,
+        allocation_context: int | None = None,
+    ) -> None:
+        self.disconnecting = False
+        self.stopping = False
+        self.structured = structured
+        self._size_bytes = size_bytes
+        self._writable = writable
+        self._block_bytes = block_bytes
+        self._context = allocation_context
+        self._skip_bytes = 0
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = 0
+        self._end = 0
+        self._need_bytes = _HEADER_BYTES
+        self._fuller = False
+
+    # --- receiving ---
+
+    @property
+    def has_complete(self) -> bool:
+        """True if the last ``next_batch`` stopped at its bounds and not at the end of what has arrived."""
+        return self._fuller
+
+    def space(self) -> memoryview:
+        """Where the next receive puts its bytes; never empty."""
+        start, end = self._start, self._end
+        if start == end:
+            self._start = self._end = start = end = 0
+            if len(self._view) > _BUFFER_KEEP_BYTES and self._need_bytes <= _BUFFER_BYTES:
+                self._replace_buffer(_BUFFER_BYTES)
+        capacity = len(self._view)
+        if capacity - start < self._need_bytes or end == capacity:
+            if capacity < self._need_bytes:
+                capacity = max(self._need_bytes + _HEADER_BYTES, 2 * capacity)
+                self._replace_buffer(capacity)
+            else:
+                self._view[: end - start] = bytes(self._view[start:end])
+                self._start, self._end = 0, end - start
+        return self._view[self._end :]
+
+    def _replace_buffer(self, capacity_bytes: int) -> None:
+        left = self._view[self._start : self._end]
+        self._buffer = bytearray(capacity_bytes)
+        self._view = memoryview(self._buffer)
+        self._view[: len(left)] = left
+        self._start, self._end = 0, len(left)
+
+    def received(self, count: int) -> None:
+        """``count`` bytes were received into ``space()``."""
+        self._end += count
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, self._end - self._start)
+            self._skip_bytes -= skipped
+            self._start += skipped
+
+    def feed(self, data: Buffer) -> None:
+        """Bytes that arrived by another way than ``space()``: those that came together with the handshake's last."""
+        if len(self._view) - self._end < len(data):
+            self._replace_buffer(max(_BUFFER_BYTES, self._end - self._start + len(data)))
+        self._view[self._end : self._end + len(data)] = data
+        self.received(len(data))
+
+    def keep_data(self, batch: Batch, kept: Iterable[int]) -> None:
+        """Take the data of the WRITEs at these indices out of the receive buffer, for they are answered later.
+
+        Small ones are copied; where they are large, the buffer is left to them and a new one taken.
+        """
+        requests = batch.requests
+        writes = [index for index in kept if requests[index].verb is _VERB_WRITE]
+        if sum(requests[index].length_bytes for index in writes) > _BUFFER_BYTES:
+            self._replace_buffer(max(_BUFFER_BYTES, self._need_bytes, self._end - self._start))
+            return
+        for index in writes:
+            requests[index] = requests[index]._replace(data=bytes(requests[index].data))
+
+    # --- requests ---
+
+    def next_batch(self, requests_max: int, bytes_max: int) -> Batch:
+        """All complete requests that have arrived, up to the bounds (at least one, however large).
+
+        Raises ``ProtocolError`` where the stream cannot be trusted any more.
+        """
+        batch = Batch()
+        if self.disconnecting or self._skip_bytes:
+            self._fuller = False
+            return batch
+        requests, cookies, view = batch.requests, batch.cookies, self._view
+        add_request, add_cookie = requests.append, cookies.append
+        unpack_from, make, request_type = REQUEST.unpack_from, tuple.__new__, Request
+        size_bytes, plain = self._size_bytes, not self.stopping
+        write_flags = _FUA if self._writable and plain else -1
+        position, end = self._start, self._end
+        last_header = end - _HEADER_BYTES
+        left = requests_max
+        need_bytes = _HEADER_BYTES
+        while position <= last_header and left > 0 and bytes_max > 0:
+            magic, flags, command, cookie, offset, length_bytes = unpack_from(view, position)
+            if magic != _MAGIC:
+                raise ProtocolError(f"request: wrong magic {magic:#x}")
+            # READs and WRITEs that break no rule are the hot path; all else goes to _other.
+            if 0 < length_bytes <= PAYLOAD_MAX_BYTES and offset + length_bytes <= size_bytes and plain:
+                if command == _READ and not flags:
+                    add_request(make(request_type, (_VERB_READ, offset, length_bytes, b"", False, True)))
+                    add_cookie(cookie)
+                    position += _HEADER_BYTES
+                    left -= 1
+                    bytes_max -= length_bytes
+                    continue
+                if command == _WRITE and flags | _FUA == write_flags:
+                    data_start = position + _HEADER_BYTES
+                    data_end = data_start + length_bytes
+                    if data_end > end:
+                        need_bytes += length_bytes
+                        break
+                    data = view[data_start:data_end]
+                    add_request(make(request_type, (_VERB_WRITE, offset, length_bytes, data, flags == _FUA, True)))
+                    add_cookie(cookie)
+                    position = data_end
+                    left -= 1
+                    bytes_max -= length_bytes
+                    continue
+            position += _HEADER_BYTES
+            left -= 1
+            self._start = position
+            self._other(batch, flags, command, cookie, offset, length_bytes)
+            position = self._start
+            if self.disconnecting or self._skip_bytes:
+                break
+            if command == Command.READ:
+                bytes_max -= length_bytes
+        if 4 <= end - position < _HEADER_BYTES and view[position : position + 4] != _MAGIC_BYTES and not self.disconnecting:
+            # Otherwise a peer that speaks something shorter would wait with us for the rest of a header.
+            raise ProtocolError("request: wrong magic")
+        self._start = position
+        self._need_bytes = need_bytes
+        self._fuller = left <= 0 or bytes_max <= 0
+        return batch
+
+    def _other(self, batch: Batch, flags: int, command: int, cookie: int, offset: int, length_bytes: int) -> None:
+        """One request whose header ends at ``_start`` and that is not on the hot path: refuse it, or translate it."""
+        if command == Command.DISC:
+            self.disconnecting = True
+            return
+        refusal = self._refusal(flags, command, offset, length_bytes)
+        if command == Command.WRITE:
+            # Only a WRITE that was refused, or is empty, comes here: its payload is dropped as it arrives.
+            if length_bytes > _SKIP_MAX_BYTES:
+                raise ProtocolError(f"WRITE of {length_bytes} bytes")
+            present = min(length_bytes, self._end - self._start)
+            self._start += present
+            self._skip_bytes = length_bytes - present
+        if refusal is not None:
+            self._reply_error(batch.replies, cookie, *refusal)
+            return
+        fua = bool(flags & _FUA)
+        if command in (Command.BLOCK_STATUS, Command.CACHE) and length_bytes:
+            batch.queries.append(Query(Command(command), cookie, offset, length_bytes, bool(flags & _REQ_ONE)))
+            return
+        request: Request | None = None
+        if command == Command.FLUSH:
+            request = Request(Verb.FLUSH)
+        elif not length_bytes:
+            # Zero lengths are "unspecified" but must not disconnect: nothing to do, well done.
+            self._reply_done(batch.replies, command, cookie)
+        elif command == Command.READ:
+            request = Request(Verb.READ, offset, length_bytes)
+        elif command == Command.TRIM:
+            request = Request(Verb.DISCARD, offset, length_bytes, fua=fua)
+        elif command == Command.WRITE_ZEROES:
+            request = Request(Verb.ZERO, offset, length_bytes, fua=fua, unmap=not flags & _NO_HOLE)
+        if request is not None:
+            batch.requests.append(request)
+            batch.cookies.append(cookie)
+
+    def _refusal(self, flags: int, command: int, offset: int, length_bytes: int) -> tuple[int, str] | None:
+        """Error number and text for a request that breaks a rule; None for one that may be done."""
+        if self.stopping:
+            return NbdErrno.ESHUTDOWN, "the server is stopping"
+        valid_flags = _VALID_FLAGS.get(command)  # type: ignore[call-overload]
+        if valid_flags is None:
+            return NbdErrno.EINVAL, f"unknown command {command}"
+        if command == Command.READ and self.structured:
+            valid_flags |= _DF
+        if flags & ~valid_flags:
+            return NbdErrno.EINVAL, f"flags {flags:#x} are not valid here"
+        if command == Command.FLUSH:
+            return (NbdErrno.EINVAL, "FLUSH takes no range") if offset or length_bytes else None
+        if command in _WRITING and not self._writable:
+            return NbdErrno.EPERM, "the export is read-only"
+        if command == Command.BLOCK_STATUS and (self._context is None or not length_bytes):
+            return NbdErrno.EINVAL, "no metadata context was selected" if self._context is None else "an empty range"
+        if command in (Command.READ, Command.WRITE) and length_bytes > PAYLOAD_MAX_BYTES:
+            return NbdErrno.EINVAL, f"{length_bytes} bytes are more than the limit of {PAYLOAD_MAX_BYTES}"
+        if offset + length_bytes > self._size_bytes:
+            full = command in (Command.WRITE, Command.WRITE_ZEROES)
+            text = f"range {offset}+{length_bytes} lies past the end of the export"
+            return (NbdErrno.ENOSPC if full else NbdErrno.EINVAL), text
+        # "Fast" means without writing zeroes byte by byte: whole blocks, and free to unmap them.
+        if flags & _FAST_ZERO and (flags & _NO_HOLE or (offset | length_bytes) % self._block_bytes):
+            return NbdErrno.ENOTSUP, "zeroing this range would be no faster than writing it"
+        return None
+
+    # --- replies ---
+
+    def answer(self, out: list[Reply], batch: Batch, outcomes: Sequence[Outcome]) -> list[int]:
+        """Append the replies to the requests of ``batch``; returns the indices of those that are ``BLOCKED``."""
+        blocked: list[int] = []
+        add = out.append
+        simple, data_chunk, structured = SIMPLE_REPLY.pack, DATA_CHUNK.pack, self.structured
+        cookies, requests = batch.cookies, batch.requests
+        for index, outcome in enumerate(outcomes):
+            if outcome is None:
+                if requests[index][0] is not _VERB_READ:
+                    add(simple(SIMPLE_REPLY_MAGIC, 0, cookies[index]))
+                    continue
+            elif isinstance(outcome, _BUFFER_TYPES):
+                verb, offset, length_bytes, _, _, _ = requests[index]
+                if verb is _VERB_READ and len(outcome) == length_bytes:
+                    if structured:
+                        add(data_chunk(STRUCTURED_REPLY_MAGIC, 1, 1, cookies[index], length_bytes + 8, offset))
+                    else:
+                        add(simple(SIMPLE_REPLY_MAGIC, 0, cookies[index]))
+                    add(outcome)
+                    continue
+            elif outcome is BLOCKED:
+                blocked.append(index)
+                continue
+            self._reply_failure(out, cookies[index], outcome)
+        return blocked
+
+    def answer_finally(self, out: list[Reply], batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """The same for requests that were waited for; one still ``BLOCKED`` has failed."""
+        for index in self.answer(out, batch, outcomes):
+            self._reply_failure(out, batch.cookies[index], BLOCKED)
+
+    def answer_query(self, out: list[Reply], query: Query, result: QueryResult) -> None:
+        """Append the reply to a query."""
+        if isinstance(result, CowfenceError):
+            self._reply_failure(out, query.cookie, result)
+        elif result is None:
+            out.append(encode_simple_reply(query.cookie))
+        else:
+            assert self._context is not None  # _refusal lets no BLOCK_STATUS pass without it
+            out.append(encode_status_chunk(query.cookie, self._context, result))
+
+    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome) -> None:
+        # An outcome of the wrong kind or length would put the stream out of step: it is an error of ours, and EIO.
+        if isinstance(outcome, CowfenceError):
+            self._reply_error(out, cookie, error_number(outcome), str(outcome))
+        else:
+            self._reply_error(out, cookie, NbdErrno.EIO, "the disk gave no usable answer")
+
+    def _reply_error(self, out: list[Reply], cookie: int, error: int, text: str) -> None:
+        out.append(encode_error_chunk(cookie, error, text) if self.structured else encode_simple_reply(cookie, error))
+
+    def _reply_done(self, out: list[Reply], command: int, cookie: int) -> None:
+        if self.structured and command == Command.READ:
+            out.append(encode_chunk(cookie, Chunk.NONE, b""))
+        else:
+            out.append(encode_simple_reply(cookie))
+
+
+def error_number(error: CowfenceError) -> int:
+    """The number that stands on the wire for an error of the tree."""
+    if isinstance(error, NoSpace):
+        return NbdErrno.ENOSPC
+    if isinstance(error, ReadOnly):
+        return NbdErrno.EPERM
+    if isinstance(error, Invalid):
+        return NbdErrno.EINVAL
+    return NbdErrno.EIO
+
+
+def block_descriptors(extents: Iterable[Extent], query: Query) -> Descriptors:
+    """Descriptors (length in bytes, state) of base:allocation for a BLOCK_STATUS, neighbours of one state merged.
+
+    At least one, at most one or 4,096, none past the range asked for. What the extents leave out, or say about other
+    ranges, is reported as allocated data, which "a server MAY always safely report".
+    """
+    offset, length_bytes, most = query.offset, query.length_bytes, 1 if query.one else _DESCRIPTORS_MAX
+    descriptors: Descriptors = []
+    position, end = offset, offset + length_bytes
+    run_bytes, run_state = 0, 0
+    for extent in extents:
+        stop = min(extent.start + extent.length_bytes, end)
+        if stop <= position or extent.start > position:
+            continue
+        state = (0 if extent.present else int(State.HOLE)) | (int(State.ZERO) if extent.zero else 0)
+        if state != run_state and run_bytes:
+            descriptors.append((run_bytes, run_state))
+            run_bytes = 0
+            if len(descriptors) >= most:
+                return descriptors
+        run_state = state
+        run_bytes += stop - position
+        position = stop
+        if position == end:
+            break
+    if run_bytes:
+        descriptors.append((run_bytes, run_state))
+    return descriptors or [(length_bytes, 0)]
+
+
+# --- the client's side ---
+
+
+class Pending(NamedTuple):
+    """A request that waits for its reply."""
+
+    command: Command
+    offset: int
+    length_bytes: int
+
+
+class Completion(NamedTuple):
+    """The reply to one request, complete. ``error`` is 0 for success, ``text`` what the server said about a failure.
+
+    ``data``: the bytes of a READ. ``descriptors``: (length in bytes, state) of a BLOCK_STATUS.
+    """
+
+    cookie: int
+    error: int = 0
+    text: str = ""
+    data: bytearray | None = None
+    descriptors: Sequence[tuple[int, int]] = ()
+
+
+class _Assembly:
+    """A structured reply while its chunks come in."""
+
+    __slots__ = ("covered", "covered_bytes", "data", "descriptors", "error", "text")
+
+    def __init__(self, pending: Pending) -> None:
+        self.data = bytearray(pending.length_bytes) if pending.command == Command.READ else None
+        self.covered: list[tuple[int, int]] = []
+        self.covered_bytes = 0
+        self.descriptors: Sequence[tuple[int, int]] = ()
+        self.error = 0
+        self.text = ""
+
+    def cover(self, start: int, end: int) -> None:
+        """Note that content came for a range; raises ``ProtocolError`` where it overlaps earlier content."""
+        index = bisect_left(self.covered, (start, end))
+        before = index and self.covered[index - 1][1] > start
+        after = index < len(self.covered) and self.covered[index][0] < end
+        if before or after:
+            raise ProtocolError("reply chunks that overlap")
+        self.covered.insert(index, (start, end))
+        self.covered_bytes += end - start
+
+
+class ClientTransmission:
+    """The client's side: numbers requests, and turns what the server sends into ``Completion`` values.
+
+    ``receive`` raises ``ProtocolError`` for anything that the specification does not allow; the connection is then useless.
+    """
+
+    def __init__(self, *, structured: bool, allocation_context: int | None) -> None:
+        self.pending: dict[int, Pending] = {}
+        self._structured = structured
+        self._context = allocation_context
+        self._next_cookie = 1
+        self._received = bytearray()
+        self._assemblies: dict[int, _Assembly] = {}
+        self._completed: list[Completion] = []
+        self._script = self._read_replies()
+        self._need_bytes = next(self._script)
+
+    def request(self, command: Command, offset: int = 0, length_bytes: int = 0, flags: int = 0) -> tuple[int, bytes]:
+        """The cookie and the header of a new request; a WRITE's data is sent after it."""
+        cookie = self._next_cookie
+        self._next_cookie += 1
+        self.pending[cookie] = Pending(command, offset, length_bytes)
+        return cookie, RequestHeader(flags, command, cookie, offset, length_bytes).encode()
+
+    def receive(self, data: Buffer) -> list[Completion]:
+        """Take what arrived; returns the replies that are now complete."""
+        received = self._received
+        received += data
+        position = 0
+        try:
+            while len(received) - position >= self._need_bytes:
+                piece = bytes(memoryview(received)[position : position + self._need_bytes])
+                position += self._need_bytes
+                self._need_bytes = self._script.send(piece)
+        except StopIteration:
+            raise ProtocolError("the reply stream was broken earlier") from None
+        del received[:position]
+        completed, self._completed = self._completed, []
+        return completed
+
+    def _read_replies(self) -> Generator[int, bytes, None]:
+        while True:
+            first = yield 4
+            magic = int.from_bytes(first, "big")
+            if magic == SIMPLE_REPLY_MAGIC:
+                rest = yield SIMPLE_REPLY.size - 4
+                _, error, cookie = SIMPLE_REPLY.unpack(first + rest)
+                pending = self._asked(cookie)
+                data = None
+                if pending.command in (Command.READ, Command.BLOCK_STATUS) and self._structured:
+                    raise ProtocolError("a simple reply where a structured one was agreed on")
+                if pending.command == Command.READ and not error:
+                    data = bytearray((yield pending.length_bytes))
+                self._complete(Completion(cookie, error, "", data))
+            elif magic == STRUCTURED_REPLY_MAGIC and self._structured:
+                rest = yield CHUNK_HEADER.size - 4
+                header = ChunkHeader(*CHUNK_HEADER.unpack(first + rest)[1:])
+                pending = self._asked(header.cookie)
+                if header.length_bytes > self._most_payload(header, pending):
+                    raise ProtocolError(f"a reply chunk of {header.length_bytes} bytes")
+                self._take_chunk(header, pending, (yield header.length_bytes))
+            else:
+                raise ProtocolError(f"reply: wrong magic {magic:#x}")
+
+    def _asked(self, cookie: int) -> Pending:
+        pending = self.pending.get(cookie)
+        if pending is None:
+            raise ProtocolError(f"a reply to request {cookie}, which is not waiting for one")
+        return pending
+
+    @staticmethod
+    def _most_payload(header: ChunkHeader, pending: Pending) -> int:
+        if header.is_error:
+            return 6 + STRING_MAX_BYTES + 64
+        if header.kind == Chunk.OFFSET_DATA and pending.command == Command.READ:
+            return 8 + pending.length_bytes
+        if header.kind == Chunk.BLOCK_STATUS and pending.command == Command.BLOCK_STATUS:
+            return 4 + 8 * STATUS_MAX_DESCRIPTORS
+        return 12
+
+    def _take_chunk(self, header: ChunkHeader, pending: Pending, payload: bytes) -> None:
+        assembly = self._assemblies.get(header.cookie)
+        if assembly is None:
+            assembly = self._assemblies[header.cookie] = _Assembly(pending)
+        if header.is_error:
+            error, text = decode_error_payload(payload)
+            assembly.error, assembly.text = assembly.error or error, assembly.text or text
+        elif header.kind == Chunk.NONE:
+            if payload or not header.done:
+                raise ProtocolError("chunk NONE with a payload, or not the last")
+        elif header.kind == Chunk.OFFSET_DATA and pending.command == Command.READ:
+            if len(payload) < 9:
+                raise ProtocolError("data chunk without data")
+            self._content(assembly, pending, int.from_bytes(payload[:8], "big"), len(payload) - 8, memoryview(payload)[8:])
+        elif header.kind == Chunk.OFFSET_HOLE and pending.command == Command.READ:
+            offset, length_bytes = decode_hole_payload(payload)
+            if not length_bytes:
+                raise ProtocolError("hole chunk without length")
+            self._content(assembly, pending, offset, length_bytes, None)
+        elif header.kind == Chunk.BLOCK_STATUS and pending.command == Command.BLOCK_STATUS:
+            context_id, descriptors = decode_status_payload(payload)
+            if context_id != self._context or assembly.descriptors:
+                raise ProtocolError("block status of a context that was not asked for, or twice")
+            assembly.descriptors = descriptors
+        else:
+            raise ProtocolError(f"a chunk of type {header.kind} in reply to {pending.command.name}")
+        if header.done:
+            self._finish(header.cookie, pending, assembly)
+
+    @staticmethod
+    def _content(assembly: _Assembly, pending: Pending, offset: int, length_bytes: int, data: memoryview | None) -> None:
+        start = offset - pending.offset
+        if start < 0 or start + length_bytes > pending.length_bytes:
+            raise ProtocolError("a reply chunk outside of the range that was read")
+        assembly.cover(start, start + length_bytes)
+        if data is not None and assembly.data is not None:
+            assembly.data[start : start + length_bytes] = data
+
+    def _finish(self, cookie: int, pending: Pending, assembly: _Assembly) -> None:
+        if not assembly.error:
+            if pending.command == Command.READ and assembly.covered_bytes != pending.length_bytes:
+                raise ProtocolError(f"a reply with {assembly.covered_bytes} of {pending.length_bytes} bytes")
+            if pending.command == Command.BLOCK_STATUS and not assembly.descriptors:
+                raise ProtocolError("a block status reply without a status")
+        self._complete(Completion(cookie, assembly.error, assembly.text, assembly.data, assembly.descriptors))
+
+    def _complete(self, completion: Completion) -> None:
+        del self.pending[completion.cookie]
+        self._assemblies.pop(completion.cookie, None)
+        self._completed.append(completion)
+
+
+SERVER_FLAGS: Final = int(Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.SEND_CACHE | Flag.CAN_MULTI_CONN)
+WRITABLE_FLAGS: Final = int(Flag.SEND_TRIM | Flag.SEND_WRITE_ZEROES | Flag.SEND_FAST_ZERO)
+
+
+def export_flags(*, writable: bool) -> int:
+    """The transmission flags that ``ServerTransmission`` keeps the promises of."""
+    return SERVER_FLAGS | (WRITABLE_FLAGS if writable else int(Flag.READ_ONLY))

@@ -1,0 +1,97 @@
+"""A server in a thread, and a bare socket that has gone through the handshake."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cowfence.nbd.handshake import ClientHandshake, Negotiated
+from cowfence.nbd.messages import ChunkHeader, Command, RequestHeader
+from cowfence.nbd.server import Export, Limits, Server
+
+
+@contextmanager
+def serving(folder: Path, exports: Mapping[str, Export], limits: Limits | None = None) -> Iterator[Server]:
+    """A server at ``folder/sock``, stopped at the end."""
+    server = Server(exports, limits=limits)
+    server.listen_unix(str(folder / "sock"))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+class BareClient:
+    """A client that sends what it is told to, right or wrong."""
+
+    def __init__(self, path: Path, export: str = "", *, negotiate: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(10)
+        self.sock.connect(str(path))
+        self.agreed: Negotiated | None = None
+        if negotiate:
+            handshake = ClientHandshake(export)
+            while not handshake.ended:
+                self.sock.sendall(handshake.receive(self.sock.recv(4096)))
+            self.agreed = handshake.result
+
+    def send(self, command: int, cookie: int = 1, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b"") -> None:
+        self.sock.sendall(RequestHeader(flags, command, cookie, offset, length).encode() + data)
+
+    def receive(self, count: int) -> bytes:
+        """Exactly ``count`` bytes; fewer only where the server closes."""
+        got = b""
+        while len(got) < count:
+            piece = self.sock.recv(count - len(got))
+            if not piece:
+                break
+            got += piece
+        return got
+
+    def reply(self) -> tuple[int, int, bytes]:
+        """Cookie, error and data of the next reply; structured ones have one chunk here."""
+        magic = self.receive(4)
+        if magic == bytes.fromhex("67446698"):
+            rest = self.receive(12)
+            return int.from_bytes(rest[4:], "big"), int.from_bytes(rest[:4], "big"), b""
+        assert magic == bytes.fromhex("668e33ef"), magic
+        fixed = self.receive(16)
+        header = ChunkHeader(
+            int.from_bytes(fixed[:2], "big"),
+            int.from_bytes(fixed[2:4], "big"),
+            int.from_bytes(fixed[4:12], "big"),
+            int.from_bytes(fixed[12:], "big"),
+        )
+        assert header.done
+        payload = self.receive(header.length_bytes)
+        if header.is_error:
+            return header.cookie, int.from_bytes(payload[:4], "big"), payload[6:]
+        return header.cookie, 0, payload[8:] if header.kind == 1 else payload
+
+    def ask(self, command: int, **fields: int) -> tuple[int, int, bytes]:
+        self.send(command, **fields)  # type: ignore[arg-type]
+        return self.reply()
+
+    def closed_by_server(self) -> bool:
+        try:
+            return self.sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def disconnect(self) -> None:
+        self.send(Command.DISC)
+        assert self.closed_by_server()
+        self.sock.close()
+
+    def __enter__(self) -> BareClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()

@@ -1,0 +1,61 @@
+"""NBD URIs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cowfence.errors import Invalid, Unsupported
+from cowfence.nbd.uri import NbdUri
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("nbd://localhost", NbdUri()),
+        ("nbd://host:10810/a%20b", NbdUri("a b", "host", 10810)),
+        ("nbd://[::1]:5/x", NbdUri("x", "::1", 5)),
+        ("nbd+unix:///?socket=/tmp/s", NbdUri(socket_path="/tmp/s")),
+        ("nbd+unix:///disk%40snap?socket=/tmp/a%20b", NbdUri("disk@snap", socket_path="/tmp/a b")),
+    ],
+)
+def test_uris(text: str, uri: NbdUri) -> None:
+    assert NbdUri.parse(text) == uri
+    assert NbdUri.parse(str(uri)) == uri
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "disk.qcow2",
+        "http://localhost/x",
+        "nbd:localhost:10809",
+        "nbd:///x",
+        "nbd://host:port/",
+        "nbd://host:99999/",
+        "nbd://host/x?socket=/tmp/s",
+        "nbd+unix:///x",
+        "nbd+unix:///x?socket=",
+        "nbd+unix://host/x?socket=/tmp/s",
+        "nbd+unix:///x?socket=/a&socket=/b",
+        "nbd://[::1/x",
+        "nbd://host/%ff",
+    ],
+)
+def test_what_is_no_uri(text: str) -> None:
+    with pytest.raises(Invalid):
+        NbdUri.parse(text)
+
+
+@pytest.mark.parametrize("text", ["nbds://host/x", "nbds+unix:///x?socket=/tmp/s"])
+def test_tls_is_not_there(text: str) -> None:
+    with pytest.raises(Unsupported):
+        NbdUri.parse(text)
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=30), st.text("/abc é?&#%", min_size=1, max_size=30))
+def test_any_name_and_path_survive(export: str, path: str) -> None:
+    uri = NbdUri(export, socket_path="/" + path)
+    assert NbdUri.parse(str(uri)) == uri
