@@ -30,7 +30,7 @@ from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
 from cowfence.storage.locks import ImageLock
 
-__all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "open_chain", "probe"]
+__all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
 
 Format: TypeAlias = Literal["qcow2", "raw"]
 FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
@@ -173,7 +173,7 @@ def _open_qcow2(storage: Storage, place: Place | None, way: _Way, *, writable: b
 
 def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Disk:
     opened = way.refs.follow(reference, place)
-    storage = _locked_storage(opened, way)
+    storage = lock_reference(opened, lock=way.lock, force_share=way.force_share)
     try:
         if format_name == "raw":
             return RawDisk(storage)
@@ -183,12 +183,14 @@ def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) 
         raise
 
 
-def _locked_storage(opened: OpenFile, way: _Way) -> FileStorage:
+def lock_reference(opened: OpenFile, *, name: str | None = None, lock: bool, force_share: bool) -> FileStorage:
+    """The storage of a file that the policy opened, locked as a reader. Takes the descriptor over, also when it fails."""
     held: ImageLock | None = None
+    shown = opened.name if name is None else name
     try:
-        if way.lock:
-            held = ImageLock.acquire(opened.fd, opened.name, writable=False, force_share=way.force_share)
-        return FileStorage.from_fd(opened.fd, opened.name, writable=False, lock=held)
+        if lock:
+            held = ImageLock.acquire(opened.fd, shown, writable=False, force_share=force_share)
+        return FileStorage.from_fd(opened.fd, shown, writable=False, lock=held)
     except BaseException:
         if held is not None:
             # Closing is not enough: a descriptor that the caller provided shares the lock with the one that he keeps.

@@ -11,14 +11,13 @@ import os
 from dataclasses import dataclass, replace
 from typing import Final
 
-from cowfence.chain import FORMATS
+from cowfence.chain import FORMATS, lock_reference
 from cowfence.disk.opener import Identity, Place, Refs, check_name, printable
 from cowfence.errors import Invalid, Unsupported, from_os_error
 from cowfence.qcow2.create import NewImage, geometry_of, write_new
 from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, read_header
 from cowfence.storage.file import FileStorage
-from cowfence.storage.locks import ImageLock
 from cowfence.storage.publish import NewFile
 from cowfence.units import MIB, SECTOR_BYTES, align_up
 
@@ -86,6 +85,8 @@ def create(
     """
     settled = settle(path, options, open_backing=open_backing, refs=refs)
     with NewFile(path) as new:
+        if new.in_place:
+            raise Unsupported(new.path, "creating an image on a block device")
         write_empty(new.storage, settled)
         new.publish()
     assert settled.size_bytes is not None  # since settle
@@ -143,12 +144,7 @@ def _backing_size(path: str | os.PathLike[str], backing: str, backing_format: st
     """The size of the backing file's disk. Opens that file only."""
     directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     opened = refs.follow(backing, Place(printable(os.fspath(path)), directory, _identity_of(path)))
-    try:
-        ImageLock.acquire(opened.fd, opened.name, writable=False)
-        storage = FileStorage.from_fd(opened.fd, opened.name, writable=False)
-    except BaseException:
-        os.close(opened.fd)
-        raise
+    storage = lock_reference(opened, lock=True, force_share=False)
     try:
         return storage.size() if backing_format == "raw" else read_header(storage).size_bytes
     finally:

@@ -30,7 +30,7 @@ from cowfence.qcow2.header import (
 from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots
 from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
-from cowfence.units import KIB
+from cowfence.units import KIB, SECTOR_BYTES, align_up
 
 _SLICE_BYTES: Final = 64 * KIB
 _BITMAP = struct.Struct(">QIIBBHI")
@@ -81,8 +81,6 @@ class FormatInfo:
 
     def to_dict(self) -> dict[str, JsonValue]:
         found: dict[str, JsonValue] = {"compat": self.compat}
-        if self.data_file is not None:
-            found["data-file"] = self.data_file
         found["compression-type"] = self.compression_type
         if self.compat == "1.1":
             found["lazy-refcounts"] = self.lazy_refcounts
@@ -91,10 +89,12 @@ class FormatInfo:
         found["refcount-bits"] = self.refcount_bits
         if self.encryption is not None:
             found["encrypt"] = {"format": self.encryption}
+        if self.data_file is not None:
+            found["data-file"] = self.data_file
+        if self.has_data_file:
+            found["data-file-raw"] = self.data_file_raw
         if self.compat == "1.1":
             found["corrupt"] = self.corrupt
-            if self.has_data_file:
-                found["data-file-raw"] = self.data_file_raw
             found["extended-l2"] = self.extended_l2
         if self.unsupported:
             found["unsupported"] = list(self.unsupported)
@@ -198,7 +198,8 @@ def describe(storage: Storage, header: Header | None = None) -> ImageInfo:
 
 def describe_other(storage: Storage, format_name: Literal["raw", "unknown"]) -> ImageInfo:
     """A file that is raw by the caller's word, or of a format that nobody knows: only its sizes."""
-    return ImageInfo(storage.name, format_name, storage.size(), allocated_bytes(storage))
+    # A disk is made of whole sectors; QEMU rounds up as well.
+    return ImageInfo(storage.name, format_name, align_up(storage.size(), SECTOR_BYTES), allocated_bytes(storage))
 
 
 def allocated_bytes(storage: Storage) -> int | None:
