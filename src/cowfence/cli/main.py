@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
 from cowfence import __version__
 from cowfence.errors import CowfenceError
+from cowfence.units import parse_size
 
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
 
-COMMANDS: Final[dict[str, str]] = {}
+COMMANDS: Final[dict[str, str]] = {
+    "create": "create an image",
+    "dd": "copy a range of a disk into a new image",
+    "info": "describe an image",
+    "map": "show where the bytes of a disk stand",
+    "serve": "serve a disk over NBD",
+}
 """Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
 
 EXIT_FAILED: Final = 1
@@ -88,7 +95,8 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reference_options(parser: argparse.ArgumentParser) -> None:
-    """``--ref-root`` and ``--untrusted``, for subcommands that open the files that an image names; see ``references``."""
+    """``--ref-root``, ``--untrusted`` (see ``references``) and ``--assume-backing-format``, for subcommands that open the files
+    that an image names."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--ref-root",
@@ -98,6 +106,11 @@ def add_reference_options(parser: argparse.ArgumentParser) -> None:
         help="also open backing files under DIR (default: only under the image's own directory)",
     )
     group.add_argument("--untrusted", action="store_true", help="open no file that an image names")
+    parser.add_argument(
+        "--assume-backing-format",
+        choices=("qcow2", "raw"),
+        help="format of backing files for images that record none (default: such images are refused)",
+    )
 
 
 def references(arguments: argparse.Namespace, image: str) -> Refs:
@@ -109,6 +122,31 @@ def references(arguments: argparse.Namespace, image: str) -> Refs:
     if arguments.ref_root:
         return Refs.under(os.path.dirname(os.path.abspath(image)), *arguments.ref_root)
     return Refs.beside(image)
+
+
+def size_bytes(text: str) -> int:
+    """The type of arguments that are sizes: ``64k``, ``1.5G``; argparse shows what is wrong."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def print_json(value: object) -> None:
+    """As ``qemu-img`` prints JSON: four spaces, ASCII only. Bytes of names that are no UTF-8 become U+FFFD."""
+    import json
+
+    print(json.dumps(_valid_text(value), indent=4))
+
+
+def _valid_text(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: _valid_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_valid_text(item) for item in value]
+    return value
 
 
 def _drop_unwritable_output() -> None:

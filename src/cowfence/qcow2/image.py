@@ -11,6 +11,7 @@ does.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import weakref
@@ -20,10 +21,12 @@ from enum import Enum
 from typing import TypeVar
 
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
@@ -32,9 +35,8 @@ from cowfence.qcow2.header import (
     check_bounds,
     check_overlaps,
     check_supported,
-    cluster_bytes_of,
     feature_bits_patch,
-    parse_header,
+    read_header,
 )
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.mapping import RunKind, runs
@@ -49,11 +51,10 @@ from cowfence.qcow2.transaction import Committer, Pending
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
 from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_exact
-from cowfence.units import MIB
+from cowfence.units import KIB, MIB
 
 T = TypeVar("T")
 
-_HEADER_PREFIX_BYTES = 128
 _EXTENTS_PIECE_BYTES = 1 << 40
 
 
@@ -79,16 +80,6 @@ class Options:
     commit_interval: float | None = 5.0
     discards: bool = True
     quarantine_bytes: int = 256 * MIB
-
-
-def read_header(storage: Storage) -> Header:
-    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
-    prefix = bytearray(_HEADER_PREFIX_BYTES)
-    got = storage.readv(0, (prefix,))
-    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
-    cluster = bytearray(length_bytes)
-    got = storage.readv(0, (cluster,))
-    return parse_header(bytes(cluster[:got]), storage.name)
 
 
 def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
@@ -249,6 +240,15 @@ class Qcow2Disk:
     def fences(self) -> int:
         """How many fences this disk has made since it was opened (not counting the one at open)."""
         return self._committer.fences
+
+    def info(self) -> ImageInfo:
+        """The image, described (see ``qcow2.describe``): as its file is now, without what is pending."""
+        self._check()
+        return describe(self._state.storage)
+
+    def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
+        """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
+        return as_file(self, buffering)
 
     def __enter__(self) -> Qcow2Disk:
         return self
