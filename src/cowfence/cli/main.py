@@ -46,8 +46,28 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Asks for the terminal's width itself: argparse loads ``shutil`` for it, at each start and not only for help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_terminal_columns() - 2)
+
+
+def _terminal_columns() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors look like all others: one line ``prog: message``, exit code 1."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -74,13 +94,14 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.", allow_abbrev=False)
+    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.")
     parser.add_argument("--version", action="version", version=f"cowfence {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    # With `prog` given, argparse need not format the usage now, which would load more of the library.
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser, prog=parser.prog)
     chosen = next((word for word in words if not word.startswith("-")), None)
     command: Command | None = None
     for name, line in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=line, description=line, allow_abbrev=False)
+        subparser = subparsers.add_parser(name, help=line, description=line)
         if name == chosen:
             command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
             command.configure(subparser)
@@ -133,10 +154,12 @@ def size_bytes(text: str) -> int:
 
 
 def print_json(value: object) -> None:
-    """As ``qemu-img`` prints JSON: four spaces, ASCII only. Bytes of names that are no UTF-8 become U+FFFD."""
+    """As ``qemu-img`` prints JSON: four spaces, ASCII only, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
     import json
+    import re
 
-    print(json.dumps(_valid_text(value), indent=4))
+    # No string is met: its line ends with a quotation mark.
+    print(re.sub(r"(?m)^( *)(.*)\[\](,?)$", r"\1\2[\n\1]\3", json.dumps(_valid_text(value), indent=4)))
 
 
 def _valid_text(value: object) -> object:

@@ -20,7 +20,6 @@ from cowfence.disk.opener import Refs
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.describe import JsonValue, allocated_bytes
 from cowfence.qcow2.image import Qcow2Disk
-from cowfence.storage.base import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,10 @@ class MapEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A file of the chain. ``storage`` and ``cluster_bytes`` of a qcow2 layer; a raw one needs no second look."""
+    """A file of the chain. ``disk``: of a qcow2 layer; a raw one needs no second look."""
 
     filename: str
-    storage: Storage | None = None
-    cluster_bytes: int = 0
+    disk: Qcow2Disk | None = None
 
 
 def map_image(
@@ -81,10 +79,10 @@ def map_image(
         if start_offset >= end:
             return ()
         layers = _layers(disk, os.fspath(path))
-        extents = list(disk.extents(start_offset, end - start_offset))
-        sparse = {depth for depth, layer in enumerate(layers) if _has_hidden_holes(layer, depth, extents)}
+        extents = disk.extents(start_offset, end - start_offset)
+        sparse = {depth for depth, layer in enumerate(layers) if layer.disk is not None and _has_hidden_holes(layer.disk)}
         if sparse:
-            extents = list(merge(_with_holes(extents, layers, sparse)))
+            extents = merge(_with_holes(extents, layers, sparse))
         return tuple(_entry(extent, layers) for extent in extents)
     finally:
         disk.close()
@@ -94,7 +92,7 @@ def _layers(disk: Disk | None, name: str) -> list[_Layer]:
     """The files of the chain from the top, by their names as seen from here."""
     layers: list[_Layer] = []
     while isinstance(disk, Qcow2Disk):
-        layers.append(_Layer(name, disk.storage, disk.block_bytes))
+        layers.append(_Layer(name, disk))
         name = os.path.join(os.path.dirname(name), disk.header.backing_file or "")
         disk = disk.backing
     if disk is not None:
@@ -102,23 +100,26 @@ def _layers(disk: Disk | None, name: str) -> list[_Layer]:
     return layers
 
 
-def _has_hidden_holes(layer: _Layer, depth: int, extents: Iterable[Extent]) -> bool:
+def _has_hidden_holes(disk: Qcow2Disk) -> bool:
     """Whether the file takes less than nine tenths of the bytes that are mapped into it, and two clusters less."""
-    allocated = None if layer.storage is None else allocated_bytes(layer.storage)
+    allocated = allocated_bytes(disk.storage)
     if allocated is None:
         return False
-    mapped = sum(e.length_bytes for e in extents if e.depth == depth and e.data and e.host_offset is not None)
-    return mapped > max(allocated * 10 // 9, allocated + 2 * layer.cluster_bytes)
+    enough = max(allocated * 10 // 9, allocated + 2 * disk.block_bytes)
+    if disk.storage.size() < enough:
+        return False
+    own = (extent for extent in disk.extents(0, disk.size) if extent.depth == 0 and extent.host_offset is not None)
+    return sum(extent.length_bytes for extent in own) >= enough
 
 
 def _with_holes(extents: Iterable[Extent], layers: list[_Layer], sparse: set[int]) -> Iterator[Extent]:
     for extent in extents:
-        storage = layers[extent.depth].storage
-        if extent.depth not in sparse or storage is None or not extent.data or extent.host_offset is None:
+        disk = layers[extent.depth].disk
+        if extent.depth not in sparse or disk is None or not extent.data or extent.host_offset is None:
             yield extent
             continue
         at, shift = extent.start, extent.start - extent.host_offset
-        for piece in storage.extents(extent.host_offset, extent.length_bytes):
+        for piece in disk.storage.extents(extent.host_offset, extent.length_bytes):
             yield extent._replace(
                 start=piece.start + shift, length_bytes=piece.length_bytes, zero=piece.zero, host_offset=piece.start
             )
