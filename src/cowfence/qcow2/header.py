@@ -54,6 +54,7 @@ from cowfence.qcow2.geometry import (
     Geometry,
     HostOffset,
 )
+from cowfence.storage.base import Storage
 
 __all__ = [
     "MAGIC",
@@ -72,6 +73,7 @@ __all__ = [
     "feature_bits_patch",
     "l1_patch",
     "parse_header",
+    "read_header",
     "refcount_table_patch",
     "size_patch",
     "snapshots_patch",
@@ -89,6 +91,8 @@ COMPRESSION_ZSTD: Final = 1
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
 CRYPT_LUKS: Final = 2
+
+_PREFIX_BYTES: Final = 128
 
 _BASE = struct.Struct(">4sIQIIQIIQQIIQ")
 _FEATURES = struct.Struct(">QQQII")
@@ -203,6 +207,16 @@ def cluster_bytes_of(prefix: bytes, name: str) -> int:
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise _corrupt(name, "cluster_bits", f"is {cluster_bits}, must be {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}")
     return 1 << cluster_bits
+
+
+def read_header(storage: Storage) -> Header:
+    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
+    prefix = bytearray(_PREFIX_BYTES)
+    got = storage.readv(0, (prefix,))
+    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
+    cluster = bytearray(length_bytes)
+    got = storage.readv(0, (cluster,))
+    return parse_header(bytes(cluster[:got]), storage.name)
 
 
 def parse_header(cluster0: bytes, name: str) -> Header:

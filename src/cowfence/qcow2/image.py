@@ -11,6 +11,7 @@ does.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import weakref
@@ -20,10 +21,12 @@ from enum import Enum
 from typing import TypeVar
 
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
@@ -33,11 +36,12 @@ from cowfence.qcow2.header import (
     check_overlaps,
     check_supported,
     feature_bits_patch,
+    read_header,
 )
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.read import Reads
-from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit, read_header
+from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit
 from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.snapshot_table import read_snapshots
@@ -47,7 +51,7 @@ from cowfence.qcow2.transaction import Committer, Pending
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
 from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_exact
-from cowfence.units import MIB
+from cowfence.units import KIB, MIB
 
 T = TypeVar("T")
 
@@ -236,6 +240,15 @@ class Qcow2Disk:
     def fences(self) -> int:
         """How many fences this disk has made since it was opened (not counting the one at open)."""
         return self._committer.fences
+
+    def info(self) -> ImageInfo:
+        """The image, described (see ``qcow2.describe``): as its file is now, without what is pending."""
+        self._check()
+        return describe(self._state.storage)
+
+    def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
+        """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
+        return as_file(self, buffering)
 
     def __enter__(self) -> Qcow2Disk:
         return self
@@ -483,7 +496,9 @@ class Qcow2Disk:
                 # It may commit, or wait for the host: refuse early what is wrong, and leave the rest to a thread that may wait.
                 self._check_range(offset, len(data) if verb is Verb.WRITE else length_bytes)
                 self._check_writable()
-                return BLOCKED
+                if verb is Verb.WRITE or fua or not self._one_piece(request):
+                    return BLOCKED
+                return None
             if verb is Verb.WRITE:
                 self.write(offset, data, fua=fua)
             elif verb is Verb.ZERO:
@@ -497,6 +512,26 @@ class Qcow2Disk:
             return BLOCKED
         except CowfenceError as error:
             return error
+
+    def _one_piece(self, request: Request) -> bool:
+        """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
+        verb, offset, length_bytes, _, _, unmap = request
+        aligned = length_bytes and not (offset | length_bytes) & self._within_mask
+        if not aligned or offset >> self._l1_shift != offset + length_bytes - 1 >> self._l1_shift:
+            return False
+        if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
+            return False
+        with self._lock:
+            try:
+                if verb is Verb.ZERO:
+                    done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
+                else:
+                    done = self._zeroes.discard(offset, length_bytes, wait=False)
+            except (Cold, NeedsCommit, NoSpace):
+                return False
+        if self._interval is not None:
+            self._interval.start()
+        return done == length_bytes
 
     # The loop around every plan
 

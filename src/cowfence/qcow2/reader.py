@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cowfence.errors import Corrupt, WouldBlock
-from cowfence.qcow2.header import Header, cluster_bytes_of, parse_header
 from cowfence.storage.base import Storage
-
-_HEADER_PREFIX_BYTES = 128
 
 
 class Cold(Exception):
@@ -55,13 +52,3 @@ class MetadataReader:
         if not got and length_bytes:
             raise Corrupt(f"{self.name}: {what} at offset {offset:#x}", "it lies past the end of the file")
         return buffer
-
-
-def read_header(storage: Storage) -> Header:
-    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
-    prefix = bytearray(_HEADER_PREFIX_BYTES)
-    got = storage.readv(0, (prefix,))
-    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
-    cluster = bytearray(length_bytes)
-    got = storage.readv(0, (cluster,))
-    return parse_header(bytes(cluster[:got]), storage.name)

@@ -26,8 +26,7 @@ from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.findings import Finding, Grade, Problem, Report
 from cowfence.qcow2.geometry import OFFSET_MASK, TABLE_ENTRY_BYTES, Geometry
-from cowfence.qcow2.header import Header
-from cowfence.qcow2.reader import read_header
+from cowfence.qcow2.header import Header, read_header
 from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots
 from cowfence.qcow2.tables import Kind, counts_view
 from cowfence.qcow2.verify_l2 import L2Judge, L2Tables

@@ -136,16 +136,16 @@ class FileStorage:
             raise
 
     @classmethod
-    def from_fd(cls, fd: int, name: str, *, writable: bool) -> FileStorage:
-        """Take over an open descriptor, with its open mode (O_DIRECT too) and without locking or unlocking anything.
+    def from_fd(cls, fd: int, name: str, *, writable: bool, lock: ImageLock | None = None) -> FileStorage:
+        """Take over an open descriptor, with its open mode (O_DIRECT too), and ``lock``, which the caller acquired on it.
 
-        Raises like ``open``, and then leaves the descriptor to the caller.
+        Raises like ``open``, and then leaves both to the caller.
         """
         try:
             require_image_kind(name, os.fstat(fd).st_mode, allow_devices=True)
         except OSError as exc:
             raise from_os_error(name, "open", 0, exc) from exc
-        return cls._over(fd, name, writable=writable, lock=None)
+        return cls._over(fd, name, writable=writable, lock=lock)
 
     @classmethod
     def _over(cls, fd: int, name: str, *, writable: bool, lock: ImageLock | None) -> FileStorage:
