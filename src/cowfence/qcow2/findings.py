@@ -129,15 +129,13 @@ class Collector:
             self.kept.extend(first(min(room, total)))
         self.totals[problem, grade] += total
 
-    def has(self, *problems: Problem) -> bool:
-        return any(total and problem in problems for (problem, _), total in self.totals.items())
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a check found. ``findings``: the first of each sort. ``totals``: how many there are of each.
 
     ``complete``: every structure that holds references could be read, so that what is called a leak is one.
+    ``refcounts_damaged``: the refcount structures themselves are broken, whatever they count.
     ``image_end_bytes``: where the last cluster that is in use ends. ``total_clusters``: of the guest's disk;
     ``fragmented_clusters``: those that do not follow their neighbour, compressed ones all.
     """
@@ -145,6 +143,7 @@ class Report:
     findings: tuple[Finding, ...]
     totals: Mapping[tuple[Problem, Grade], int]
     complete: bool
+    refcounts_damaged: bool
     image_end_bytes: int
     total_clusters: int
     allocated_clusters: int
@@ -174,3 +173,8 @@ class Report:
     @property
     def clean(self) -> bool:
         return not self.totals
+
+    @property
+    def refcounts_sound(self) -> bool:
+        """No stored refcount is below the references, and the refcount structures are whole."""
+        return not self.refcounts_damaged and (Problem.REFCOUNT_TOO_LOW, Grade.FATAL) not in self.totals

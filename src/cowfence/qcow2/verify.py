@@ -58,9 +58,9 @@ def verify(storage: Storage, header: Header | None = None, *, progress: Progress
 class Survey:
     """A report with what it rests on, for who repairs.
 
-    ``blocks``: index in the refcount table and host cluster of each refcount block that can be read. ``shared``: clusters on
-    which a structure lies together with something else. ``refcounts_damaged``: the refcount structures themselves are broken
-    (a bad entry, or something else on their clusters).
+    ``active_l1``: index and word of each entry of the active L1 that is not 0. ``claims``: the structures that are runs of
+    clusters, by name. ``blocks``: index in the refcount table and host cluster of each refcount block that can be read.
+    ``shared``: clusters on which a structure lies together with something else.
     """
 
     storage: Storage
@@ -68,9 +68,10 @@ class Survey:
     report: Report
     census: Census
     judge: L2Judge
+    active_l1: tuple[Clusters, Words]
+    claims: Claims
     blocks: tuple[Clusters, Clusters]
     shared: frozenset[int]
-    refcounts_damaged: bool
 
     @property
     def geometry(self) -> Geometry:
@@ -140,13 +141,24 @@ class _Surveyor:
             findings=tuple(census.found.kept),
             totals=dict(census.found.totals),
             complete=census.complete,
+            refcounts_damaged=self.refcounts_damaged,
             image_end_bytes=image_end_bytes,
             total_clusters=self.geometry.clusters_for(header.size_bytes),
             allocated_clusters=judge.allocated,
             fragmented_clusters=judge.fragmented,
             compressed_clusters=judge.compressed,
         )
-        return Survey(self.storage, header, report, census, judge, blocks, shared, self.refcounts_damaged)
+        return Survey(
+            storage=self.storage,
+            header=header,
+            report=report,
+            census=census,
+            judge=judge,
+            active_l1=self.active_l1,
+            claims=self.claims,
+            blocks=blocks,
+            shared=shared,
+        )
 
     # The structures
 
