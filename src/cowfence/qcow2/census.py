@@ -99,6 +99,8 @@ class Census:
         self.lowest_past_end: int | None = None
         self.stored: Counts = np.empty(0, np.uint8)
         self.references: Counts = np.empty(0, np.uint8)
+        self.counted = 0
+        """How many references were added to ``references``."""
 
     def note_past_end(self, offset: int) -> None:
         """Something refers to ``offset``, which lies past the end of the file."""
@@ -112,6 +114,11 @@ class Census:
     def add_references(self, clusters: Clusters, references: NDArray[np.int64]) -> None:
         """Each of ``clusters`` has so many references more; the same cluster may stand there several times."""
         np.add.at(self.references, clusters, references.astype(self.references.dtype))
+        self.counted += int(references.sum())
+
+    def counts_overflowed(self) -> bool:
+        """True if a count was too large for the type of ``references``: then their sum is not what was counted."""
+        return int(self.references.sum(dtype=np.uint64)) != self.counted
 
     def stored_index(self, words: Words) -> Clusters:
         """The clusters that entries lead to; those past the file's end lead to the last count, which is 0."""

@@ -7,7 +7,7 @@ cannot be read, a feature that is unknown, and a failing host raise.
 The order: the structures (header, tables, snapshots, bitmaps), each a run of clusters with one reference; the refcount blocks,
 into one array; the L2 tables (``verify_l2``); then stored counts against references, and structures that share a cluster.
 
-Memory is 6 bytes or so for each cluster that the file has, never for what the file claims to refer to. A small file is read
+Memory is 4 bytes or so for each cluster that the file has, never for what the file claims to refer to. A small file is read
 whole, once: the crash explorer verifies images of 60 clusters many times a second.
 """
 
@@ -88,7 +88,10 @@ def survey(storage: Storage, header: Header | None = None, *, progress: Progress
     if unknown:
         raise Unsupported(storage.name, ", ".join(unknown))
     try:
-        return _Surveyor(storage, header).run(progress)
+        try:
+            return _Surveyor(storage, header, np.uint16).run(progress)
+        except _CountsOverflowed:
+            return _Surveyor(storage, header, np.uint64).run(progress)
     except MemoryError:
         raise Unsupported(storage.name, "an image file too large to be checked in this machine's memory") from None
 
@@ -104,9 +107,14 @@ class _L1(NamedTuple):
 _NOTHING: Final = np.empty(0, np.int64)
 
 
+class _CountsOverflowed(Exception):
+    """A cluster has more references than the type of the counts can hold."""
+
+
 class _Surveyor:
-    def __init__(self, storage: Storage, header: Header) -> None:
+    def __init__(self, storage: Storage, header: Header, counts_type: type[np.unsignedinteger[Any]]) -> None:
         self.storage = storage
+        self.counts_type = counts_type
         self.header = header
         self.census = census = Census(storage, header.geometry)
         if census.clusters > _MAX_CLUSTERS:
@@ -126,16 +134,16 @@ class _Surveyor:
         header, census = self.header, self.census
         l1s = self._read_structures()
         tables = _gather(l1s)
-        # At most so many references can be counted, all on one cluster: the counts cannot overflow.
-        bound = int(tables.references.sum()) * (3 * self.geometry.l2_entries + 1) + len(self.singles) + (1 << 12)
-        bound += header.refcount_table_clusters * self.geometry.table_entries_per_cluster
-        census.references = np.zeros(census.clusters + 1, np.uint16 if bound < 1 << 16 else "u4" if bound < 1 << 31 else "u8")
+        census.references = np.zeros(census.clusters + 1, self.counts_type)
         for first, stop in self.singles:
             census.references[first:stop] += 1
+            census.counted += len(census.references[first:stop])
         census.add_references(tables.clusters, tables.references)
         blocks = self._read_refcounts()
         judge = L2Judge(census, self.file, tables, [l1.name for l1 in l1s], has_data_file=self.has_data_file)
         judge.judge(progress)
+        if census.counts_overflowed():
+            raise _CountsOverflowed
         image_end_bytes = self._compare()
         shared = self._find_shared(tables, blocks[1])
         self._judge_l1_flags()
@@ -277,7 +285,7 @@ class _Surveyor:
 
     def _read_bitmaps(self) -> None:
         """Count the clusters of the bitmaps, which are consistent as long as the autoclear bit says so."""
-        census, pointer = self.census, self.header.bitmaps
+        pointer = self.header.bitmaps
         assert pointer is not None  # parse_header: the autoclear bit needs the extension.
         if not self._claim(pointer.directory_offset, pointer.directory_bytes, Kind.BITMAPS.value):
             return
@@ -328,7 +336,7 @@ class _Surveyor:
             good = ~bad
             words, index = words[good], index[good]
         blocks = (words >> np.uint64(census.bits)).view(np.int64)
-        np.add.at(census.references, blocks, census.references.dtype.type(1))
+        census.add_references(blocks, np.ones(len(blocks), np.int64))
         within = index < covered // per_block
         self._load_blocks(*((index, blocks) if within.all() else (index[within], blocks[within])))
         return index, blocks

@@ -68,14 +68,16 @@ class L2Judge:
         self._all_active = bool((tables.active == 1).all())
         self._one = census.references.dtype.type(1)
         self._tables_per_piece = max(1, _PIECE_BYTES >> census.bits)
-        self._buffer = np.empty(0, np.uint8)
+        self._raw = bytearray()
         self._ramp: Words | None = None
-        self._scratch: Words | None = None
+        self._scratch_raw = bytearray()
         if file.whole is None and len(tables.clusters):
-            self._buffer = np.empty(min(self._tables_per_piece, len(tables.clusters)) << census.bits, np.uint8)
+            self._raw = bytearray(min(self._tables_per_piece, len(tables.clusters)) << census.bits)
             if self._single and self._all_active and not geometry.extended_l2 and not has_data_file:
                 self._ramp = np.arange(geometry.l2_entries, dtype=np.uint64) << np.uint64(census.bits)
-                self._scratch = np.empty(len(self._buffer) // 8, np.uint64)
+                self._scratch_raw = bytearray(len(self._raw))
+        self._buffer = np.frombuffer(self._raw, np.uint8)
+        self._scratch = np.frombuffer(self._scratch_raw, np.uint64)
 
     def judge(self, progress: Callable[[float], None] | None) -> None:
         """All tables. ``progress`` is told the fraction that is done."""
@@ -95,9 +97,15 @@ class L2Judge:
         for at in range(first, stop, self._tables_per_piece):
             yield at, min(at + self._tables_per_piece, stop)
 
+    def _read_raw(self, first: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of some tables, one after the other."""
+        return self._file.clusters(self.tables.clusters[first:stop], self.census.bits, self._buffer).reshape(-1)
+
     def _read(self, first: int, stop: int) -> tuple[Words, Words | None]:
         """The entries of some tables, and their subcluster bitmaps where they have some."""
-        raw = self._file.clusters(self.tables.clusters[first:stop], self.census.bits, self._buffer).reshape(-1)
+        return self._decoded(self._read_raw(first, stop))
+
+    def _decoded(self, raw: NDArray[np.uint8]) -> tuple[Words, Words | None]:
         words: Words
         if self._file.whole is None and LITTLE_ENDIAN:
             words = raw.view(np.uint64).byteswap(inplace=True)
@@ -108,9 +116,10 @@ class L2Judge:
         return words, None
 
     def _judge_piece(self, first: int, stop: int) -> None:
-        words, bitmaps = self._read(first, stop)
-        if self._ramp is not None and self._count_ramps(words, first, stop):
+        raw = self._read_raw(first, stop)
+        if self._ramp is not None and self._count_ramps(raw, first, stop):
             return
+        words, bitmaps = self._decoded(raw)
         if bitmaps is not None:
             self._judge_subclusters(words, bitmaps, first)
         ones = int(np.bitwise_or.reduce(words))
@@ -138,17 +147,23 @@ class L2Judge:
 
     # The first way
 
-    def _count_ramps(self, words: Words, first: int, stop: int) -> bool:
+    def _count_ramps(self, raw: NDArray[np.uint8], first: int, stop: int) -> bool:
         """Count tables that are one ramp each; False, and nothing done, if one is not, or has anything else unusual."""
         assert self._ramp is not None
-        assert self._scratch is not None
         ramp, census = self._ramp, self.census
-        rows = words.reshape(stop - first, -1)
-        starts = rows[:, 0]
-        if ((rows[:, -1] - starts) != ramp[-1]).any() or ((rows[:, 1] - starts) != ramp[1]).any():
+        rows = raw.view(">u8").reshape(stop - first, -1)
+        starts = rows[:, 0].astype(np.uint64)
+        if (rows[:, -1] != starts + ramp[-1]).any() or (rows[:, 1] != starts + ramp[1]).any():
             return False
-        rest = np.subtract(rows, ramp, out=self._scratch[: len(words)].reshape(rows.shape))
-        if not (rest == starts[:, None]).all():
+        expected = np.add(starts[:, None], ramp, out=self._scratch[: rows.size].reshape(rows.shape))
+        if LITTLE_ENDIAN:
+            expected.byteswap(inplace=True)
+        # Whole buffers compare without a copy, and faster than arrays.
+        if rows.nbytes == len(self._raw):
+            is_ramp = self._raw == self._scratch_raw
+        else:
+            is_ramp = self._raw[: rows.nbytes] == self._scratch_raw[: rows.nbytes]
+        if not is_ramp:
             return False
         firsts: list[int] = starts.tolist()
         per, bits = len(ramp), census.bits
@@ -164,7 +179,8 @@ class L2Judge:
             single = stored[cluster : cluster + per] == 1
             if not (single.all() if entry & COPIED else not single.any()):
                 self._suspects.append((table, table + 1))
-        self.allocated += len(words)
+        census.counted += rows.size
+        self.allocated += rows.size
         return True
 
     # The second way
@@ -189,6 +205,7 @@ class L2Judge:
                 return False
         else:
             np.add.at(census.references, clusters, self._one)
+            census.counted += len(clusters)
         return bool(((census.stored[clusters] == 1) != (words >= np.uint64(COPIED))).any())
 
     def _count_runs(self, clusters: Clusters, breaks: Flags) -> bool:
@@ -200,6 +217,7 @@ class L2Judge:
             cluster = int(clusters[start])
             stop = cluster + end - start
             references[cluster:stop] += one
+            self.census.counted += stop - cluster
             if all_single:
                 all_single = bool((stored[cluster:stop] == 1).all())
             start = end

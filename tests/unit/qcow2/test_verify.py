@@ -409,3 +409,20 @@ def test_extended_l2_bitmaps() -> None:
     assert kinds(found(image)) == {("subclusters", "fatal"): 2}
     image.put(image.l2_at(0, 0), cluster << 14 | ZERO)
     assert (Problem.ZERO_FLAG, Grade.FATAL) in found(image).totals
+
+
+def test_more_references_than_two_bytes_count() -> None:
+    image = Scalpel(new_image(cluster_bytes=65536, refcount_bits=32, size_bytes=8 << 30, writes=1))
+    first = image.append(9)
+    target = image.cluster_of(image.l2_at(0, 0))
+    for table in range(9):
+        image.put(image.l1_at(table + 1), first + table << 16 | COPIED)
+        start = first + table << 16
+        image.data[start : start + 65536] = (target << 16).to_bytes(8) * 8192
+    references = 9 * 8192 + 1
+    image.set_count(target, references)
+    image.put(image.l2_at(0, 0), target << 16)
+    assert found(image).clean
+    image.set_count(target, references - 1)
+    low = found(image).findings[0]
+    assert (low.problem, low.references) == (Problem.REFCOUNT_TOO_LOW, references)
