@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from cowfence.errors import Unsupported
-from cowfence.qcow2.describe import JsonValue, probe
-from cowfence.qcow2.findings import Finding, Report
-from cowfence.qcow2.repair import Mode
-from cowfence.qcow2.repair import repair as repair_image
+from cowfence.errors import NotThisFormat, Unsupported
+from cowfence.qcow2.findings import Finding, Mode, Report
 from cowfence.qcow2.verify import Progress, verify
 from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.describe import JsonValue
 
 __all__ = ["CheckResult", "Mode", "NoCheck", "check", "check_storage"]
 
@@ -115,9 +115,13 @@ def check(
     """
     storage = FileStorage.open(path, writable=repair is not None, lock=lock, force_share=force_share)
     try:
-        if (format or probe(storage)) != "qcow2":
+        if format not in (None, "qcow2"):
             raise NoCheck(storage.name)
         return check_storage(storage, repair=repair, progress=progress)
+    except NotThisFormat:
+        if format is None:
+            raise NoCheck(storage.name) from None
+        raise
     finally:
         storage.close()
 
@@ -126,5 +130,7 @@ def check_storage(storage: Storage, *, repair: Mode | None = None, progress: Pro
     """The same for an image in an open storage, which stays open."""
     if repair is None:
         return CheckResult(storage.name, verify(storage, progress=progress))
+    from cowfence.qcow2.repair import repair as repair_image
+
     done = repair_image(storage, repair, progress=progress)
     return CheckResult(storage.name, done.after, done.corruptions_fixed, done.leaks_fixed, done.unrepairable)

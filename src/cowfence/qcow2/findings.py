@@ -28,6 +28,13 @@ class Grade(Enum):
     LEAK = "leak"
 
 
+class Mode(Enum):
+    """What a repair may do. LEAKS: only give back space. ALL: everything that can be repaired."""
+
+    LEAKS = "leaks"
+    ALL = "all"
+
+
 class Problem(Enum):
     """Which rule is broken."""
 

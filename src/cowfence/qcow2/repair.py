@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Final
 
 import numpy as np
@@ -28,7 +27,7 @@ from cowfence.errors import Corrupt, ReadOnly
 from cowfence.qcow2.census import Clusters, Counts, Words
 from cowfence.qcow2.entries import COMPRESSED, COPIED
 from cowfence.qcow2.extensions import Autoclear, ExtensionType, Incompatible
-from cowfence.qcow2.findings import Grade, Report
+from cowfence.qcow2.findings import Grade, Mode, Report
 from cowfence.qcow2.geometry import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES, HostOffset
 from cowfence.qcow2.header import feature_bits_patch, refcount_table_patch
 from cowfence.qcow2.layout import Layout
@@ -43,15 +42,10 @@ _FILLER_EXTENSION: Final = 0x46494C4C
 """The type that a dropped header extension gets: unknown to everybody, so that all ignore it."""
 
 
+__all__ = ["Mode", "RepairReport", "rebuild_dirty", "repair"]
+
 Rule = Callable[[Survey, Words], Words]
 """What L1 or L2 entries shall be, given what they are; only COPIED may differ."""
-
-
-class Mode(Enum):
-    """LEAKS: only give back space. ALL: everything that can be repaired."""
-
-    LEAKS = "leaks"
-    ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,10 @@ class _Surveyor:
         blocks = self._read_refcounts()
         judge = L2Judge(census, self.file, tables, [l1.name for l1 in l1s], has_data_file=self.has_data_file)
         judge.judge(progress)
-        if census.counts_overflowed():
+        leads = int(tables.references.sum())
+        most = len(self.singles) + len(blocks[0]) + leads + judge.ramps + 3 * (leads - judge.ramps) * self.geometry.l2_entries
+        # Few tables cannot give one cluster too many references, however they are filled.
+        if most > np.iinfo(self.counts_type).max and census.counts_overflowed():
             raise _CountsOverflowed
         image_end_bytes = self._compare()
         shared = self._find_shared(tables, blocks[1])

@@ -56,6 +56,8 @@ class L2Judge:
         self.geometry = geometry
         self.tables = tables
         self.allocated = self.fragmented = self.compressed = 0
+        self.ramps = 0
+        """Tables that were one ramp each, so that none of them refers to a cluster twice."""
         self._file = file
         self._l1_names = l1_names
         self._has_data_file = has_data_file
@@ -181,6 +183,7 @@ class L2Judge:
                 self._suspects.append((table, table + 1))
         census.counted += rows.size
         self.allocated += rows.size
+        self.ramps += len(firsts)
         return True
 
     # The second way
