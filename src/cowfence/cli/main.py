@@ -154,7 +154,7 @@ def size_bytes(text: str) -> int:
 
 
 def print_json(value: object) -> None:
-    """As ``qemu-img`` prints JSON: four spaces, ASCII only, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
+    """As ``qemu-img`` prints JSON: four spaces, ASCII, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
     import json
     import re
 

@@ -55,7 +55,8 @@ from cowfence.units import KIB, MIB
 
 T = TypeVar("T")
 
-_EXTENTS_PIECE_BYTES = 1 << 40
+_EXTENTS_PIECE_TABLES = 4096
+"""L2 tables that are looked at in one go, under the lock."""
 
 
 class CacheMode(Enum):
@@ -296,7 +297,7 @@ class Qcow2Disk:
         state = self._state
         end = offset + length_bytes
         while offset < end:
-            piece = min(end - offset, _EXTENTS_PIECE_BYTES)
+            piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
             for kind, start, run_bytes, host, _ in self._run(
                 lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait))  # type: ignore[misc]
             ):
