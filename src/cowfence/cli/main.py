@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
 
 COMMANDS: Final[dict[str, str]] = {
+    "check": "check an image, and repair it",
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",
     "info": "describe an image",

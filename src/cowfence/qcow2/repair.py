@@ -51,7 +51,7 @@ class Mode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """The image before and after. ``rebuilt``: it has a new refcount structure. ``unrepairable``: what could not be, and why."""
+    """The image before and after. ``rebuilt``: it has a new refcount structure. ``unrepairable``: what was not, and why."""
 
     before: Report
     after: Report
@@ -104,9 +104,9 @@ class _Repair:
         if rebuilt or (before.leaks and self._reclaim(found)):
             found = survey(self._storage)
         # QEMU's rule for leaks too: flags follow the counts, so they are set right once the counts are.
-        if self._mode is Mode.ALL or (found.report.refcounts_sound and not found.report.leaks):
-            if self._fix_flags(found):
-                found = survey(self._storage)
+        may_fix_flags = self._mode is Mode.ALL or (found.report.refcounts_sound and not found.report.leaks)
+        if may_fix_flags and self._fix_flags(found):
+            found = survey(self._storage)
         self._clear_feature_bits(found)
         return RepairReport(before, found.report, rebuilt, tuple(self._unrepairable))
 
@@ -131,7 +131,7 @@ class _Repair:
 
     def _reclaim(self, found: Survey) -> bool:
         """Stored counts that are too high down to the references, in place; False if nothing could be done."""
-        if not found.report.complete:
+        if not found.report.complete or found.report.refcounts_damaged:
             self._unrepairable.append("leaked clusters: damage may hide references to them")
             return False
         self._drop_stale_bitmaps(found)
@@ -143,11 +143,12 @@ class _Repair:
     def _decrements(self, found: Survey) -> Iterator[Change]:
         census, geometry = found.census, found.geometry
         per_block, bits = geometry.refcounts_per_block, geometry.refcount_bits
+        # The cluster after the file's last exists only if something reaches into it, as in verify.
+        end = census.clusters + (1 if census.references[census.clusters] else 0)
         for index, block in zip(*(part.tolist() for part in found.blocks), strict=True):
             first = index * per_block
-            stop = min(first + per_block, census.clusters)
-            # A block that shares its cluster is damage for a rebuild; what is written there would hit something else.
-            if stop <= first or block in found.shared:
+            stop = min(first + per_block, end)
+            if stop <= first:
                 continue
             stored, references = census.stored[first:stop], census.references[first:stop]
             high = np.flatnonzero(stored > references)
@@ -170,9 +171,9 @@ class _Repair:
         area = read_exact(self._storage, 0, min(header.cluster_bytes, found.census.size), "header")
         at = header.header_length
         for extension in header.extensions:
+            assert int.from_bytes(area[at : at + 4]) == extension.type
             if extension.type == ExtensionType.BITMAPS:
                 self._link_header(found, at, _FILLER_EXTENSION.to_bytes(4))
-            assert int.from_bytes(area[at : at + 4]) == extension.type
             at += 8 + align_up(len(extension.data), 8)
 
     # A new refcount structure
@@ -233,7 +234,7 @@ class _Repair:
     def _l2_changes(self, found: Survey) -> Iterator[Change]:
         tables, bits = found.judge.tables, found.census.bits
         stride = found.geometry.l2_entry_bytes // TABLE_ENTRY_BYTES
-        for first, stop, rows in found.judge.pieces():
+        for first, _, rows in found.judge.pieces():
             wanted = _with_right_flags(found, rows)
             wrong = rows != wanted
             for row in np.flatnonzero(wrong.any(axis=1)).tolist():
@@ -308,9 +309,8 @@ def _counts_without_structure(found: Survey) -> Counts:
     census, geometry = found.census, found.geometry
     counts = census.references.copy()
     np.subtract.at(counts, found.blocks[1], counts.dtype.type(1))
-    for first, stop, name in zip(found.claims.starts, found.claims.stops, found.claims.names, strict=True):
-        if name == Kind.REFCOUNT_TABLE.value:
-            counts[first:stop] -= 1
+    first, stop = found.refcount_table
+    counts[first:stop] -= counts.dtype.type(1)
     if found.report.complete:
         return counts
     readable = np.zeros(len(census.stored) // geometry.refcounts_per_block, bool)
@@ -332,6 +332,9 @@ def _place(found: Survey, counts: Counts) -> tuple[range, dict[int, int]] | None
     starts = np.arange(0, len(counts), per_block)
     needed = set(np.flatnonzero(np.logical_or.reduceat(counts != 0, starts)).tolist())
     base = found.report.image_end_bytes >> census.bits
+    if not found.report.complete:
+        # What is hidden may lie where nothing is counted.
+        base = max(base, census.clusters)
     table_clusters = 1
     while True:
         total = table_clusters + len(needed)

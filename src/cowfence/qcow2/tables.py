@@ -212,7 +212,7 @@ def counts_bytes(counts: NDArray[Any], bits: int) -> bytes:
         return np.packbits(counts.astype(np.uint8), bitorder="little").tobytes()
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed = np.bitwise_or.reduce(counts.astype(np.uint8).reshape(-1, 8 // bits) << shifts, axis=1)
-    return packed.astype(np.uint8).tobytes()
+    return bytes(packed.tobytes())
 
 
 AnyTable = Table | RefcountBlock

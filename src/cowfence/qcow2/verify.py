@@ -59,8 +59,9 @@ class Survey:
     """A report with what it rests on, for who repairs.
 
     ``active_l1``: index and word of each entry of the active L1 that is not 0. ``claims``: the structures that are runs of
-    clusters, by name. ``blocks``: index in the refcount table and host cluster of each refcount block that can be read.
-    ``shared``: clusters on which a structure lies together with something else.
+    clusters, by name. ``refcount_table``: its first cluster, and the one behind its last. ``blocks``: index in the refcount
+    table and host cluster of each refcount block that can be read. ``shared``: clusters on which a structure lies together
+    with something else.
     """
 
     storage: Storage
@@ -70,6 +71,7 @@ class Survey:
     judge: L2Judge
     active_l1: tuple[Clusters, Words]
     claims: Claims
+    refcount_table: tuple[int, int]
     blocks: tuple[Clusters, Clusters]
     shared: frozenset[int]
 
@@ -117,6 +119,7 @@ class _Surveyor:
         self.snapshots: tuple[Snapshot, ...] = ()
         self.has_data_file = bool(header.incompatible & Incompatible.DATA_FILE)
         self.refcounts_damaged = False
+        self.refcount_table = (0, 0)
         self.active_l1: tuple[Clusters, Words] = (_NOTHING, np.empty(0, np.uint64))
 
     def run(self, progress: Progress | None) -> Survey:
@@ -156,6 +159,7 @@ class _Surveyor:
             judge=judge,
             active_l1=self.active_l1,
             claims=self.claims,
+            refcount_table=self.refcount_table,
             blocks=blocks,
             shared=shared,
         )
@@ -167,8 +171,11 @@ class _Surveyor:
         header = self.header
         self._claim(0, 1, Kind.HEADER.value)
         table_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
-        if not self._claim(header.refcount_table_offset, table_bytes, Kind.REFCOUNT_TABLE.value):
-            self.refcounts_damaged = True
+        self.refcounts_damaged = not self._claim(header.refcount_table_offset, table_bytes, Kind.REFCOUNT_TABLE.value)
+        if table_bytes and len(self.singles) > 1:
+            self.refcount_table = self.singles[1]
+        # It hides nothing but refcount blocks, which a new structure has no use for.
+        self.census.complete = True
         l1s = [self._read_l1(header.l1_offset, header.l1_entries, "")]
         if header.snapshot_count:
             l1s += self._snapshot_l1s()
