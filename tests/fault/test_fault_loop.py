@@ -26,11 +26,11 @@ from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.tables import RefcountBlock
 from cowfence.qcow2.transaction import Committer, Frozen, Pending
-from cowfence.storage.base import Buffer
-from cowfence.storage.fault import CHANGES, Arrived, FaultPlan, FaultyStorage, Kind
+from cowfence.storage.fault import CHANGES, Arrived, FaultPlan, Kind
 from cowfence.storage.memory import MemoryStorage
 from cowfence.units import SECTOR_BYTES
 from crash.scenarios import CLUSTER, FLUSH, OPTIONS, TIGHT, W, compressed, image, short_l1, snapshotted, written
+from fault.sectors import SectorFaults
 from judges import run
 
 CHANGE_COUNTERS = tuple(CHANGES - {Kind.FENCE})
@@ -137,19 +137,6 @@ def workloads() -> dict[str, Workload]:
             frozenset({"refcount_table.new", "refcount_block.new", "header.link"}),
         ),
     }
-
-
-class SectorFaults(FaultyStorage):
-    """Half of a write ends at the end of a sector: a sector never tears (crash contract, models)."""
-
-    def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
-        def write_half() -> None:
-            data = b"".join(buffers)
-            middle = (offset + len(data) // 2) // SECTOR_BYTES * SECTOR_BYTES
-            if middle > offset:
-                self.inner.writev(offset, (data[: middle - offset],), mark)
-
-        self._call(Kind.WRITE, offset, mark, lambda: self.inner.writev(offset, buffers, mark), write_half)
 
 
 class Guest:
