@@ -28,7 +28,7 @@ NAMES = (
     "shared",
     "discard-then-write",
     "keep-zero-unflushed",
-    "refcount-block-unflushed",
+    "refcount-block",
     "l1-growth",
     "tight-cache",
 )
