@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+CRASH_ARGS ?= --budget 600
 IMAGE ?=
 
 .DEFAULT_GOAL := help
@@ -38,10 +40,11 @@ lint: $(STAMP)
 check: lint test
 
 bench: $(STAMP)
-	$(BIN)/python -m bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 crash: $(STAMP)
-	$(BIN)/cowfence crash $(CRASH_ARGS)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m crash.walks $(CRASH_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

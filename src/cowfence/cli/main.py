@@ -19,11 +19,19 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
 from cowfence import __version__
 from cowfence.errors import CowfenceError
+from cowfence.units import parse_size
 
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
 
-COMMANDS: Final[dict[str, str]] = {}
+COMMANDS: Final[dict[str, str]] = {
+    "check": "check an image, and repair it",
+    "create": "create an image",
+    "dd": "copy a range of a disk into a new image",
+    "info": "describe an image",
+    "map": "show where the bytes of a disk stand",
+    "serve": "serve a disk over NBD",
+}
 """Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
 
 EXIT_FAILED: Final = 1
@@ -39,8 +47,28 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Asks for the terminal's width itself: argparse loads ``shutil`` for it, at each start and not only for help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_terminal_columns() - 2)
+
+
+def _terminal_columns() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors look like all others: one line ``prog: message``, exit code 1."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -67,13 +95,14 @@ def entry(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.", allow_abbrev=False)
+    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.")
     parser.add_argument("--version", action="version", version=f"cowfence {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    # With `prog` given, argparse need not format the usage now, which would load more of the library.
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser, prog=parser.prog)
     chosen = next((word for word in words if not word.startswith("-")), None)
     command: Command | None = None
     for name, line in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=line, description=line, allow_abbrev=False)
+        subparser = subparsers.add_parser(name, help=line, description=line)
         if name == chosen:
             command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
             command.configure(subparser)
@@ -88,7 +117,8 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reference_options(parser: argparse.ArgumentParser) -> None:
-    """``--ref-root`` and ``--untrusted``, for subcommands that open the files that an image names; see ``references``."""
+    """``--ref-root``, ``--untrusted`` (see ``references``) and ``--assume-backing-format``, for subcommands that open the files
+    that an image names."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--ref-root",
@@ -98,6 +128,11 @@ def add_reference_options(parser: argparse.ArgumentParser) -> None:
         help="also open backing files under DIR (default: only under the image's own directory)",
     )
     group.add_argument("--untrusted", action="store_true", help="open no file that an image names")
+    parser.add_argument(
+        "--assume-backing-format",
+        choices=("qcow2", "raw"),
+        help="format of backing files for images that record none (default: such images are refused)",
+    )
 
 
 def references(arguments: argparse.Namespace, image: str) -> Refs:
@@ -109,6 +144,33 @@ def references(arguments: argparse.Namespace, image: str) -> Refs:
     if arguments.ref_root:
         return Refs.under(os.path.dirname(os.path.abspath(image)), *arguments.ref_root)
     return Refs.beside(image)
+
+
+def size_bytes(text: str) -> int:
+    """The type of arguments that are sizes: ``64k``, ``1.5G``; argparse shows what is wrong."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def print_json(value: object) -> None:
+    """As ``qemu-img`` prints JSON: four spaces, ASCII, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
+    import json
+    import re
+
+    # No string is met: its line ends with a quotation mark.
+    print(re.sub(r"(?m)^( *)(.*)\[\](,?)$", r"\1\2[\n\1]\3", json.dumps(_valid_text(value), indent=4)))
+
+
+def _valid_text(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: _valid_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_valid_text(item) for item in value]
+    return value
 
 
 def _drop_unwritable_output() -> None:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from cowfence.crash.device import CrashState, KillModel, PowerModel
 from cowfence.crash.model import GuestModel
 from cowfence.crash.structure import fatal_findings
-from cowfence.disk.base import Disk
+from cowfence.disk.base import BLOCKED, Disk, Request, Verb
 from cowfence.errors import CowfenceError
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import Done, Entry, Note, OpLog
@@ -80,6 +80,24 @@ class Runner:
         self.storage = RecordingStorage(self.memory, self.log, "image")
         self.disk = opener(self.storage, True)
         self._serial = 0
+
+    def step_inside(self, step: Step) -> None:
+        """A step inside a call of another (the interleaved model): carried out only if it needs no commit of its own.
+
+        One thread runs both, so a step that had to wait for the outer commit would wait for ever.
+        """
+        self._serial += 1
+        verb, offset, length_bytes = step
+        if verb == "discard":
+            self.log.note("discard.begin", offset=offset, length_bytes=length_bytes)
+            request = Request(Verb.DISCARD, offset, length_bytes)
+        else:
+            data = tagged(offset, length_bytes, self._serial) if verb == "write" else bytes(length_bytes)
+            self.log.note("write.begin", offset=offset, data=data)
+            verbs = {"write": Verb.WRITE, "zero": Verb.ZERO, "keep_zero": Verb.ZERO}
+            request = Request(verbs[verb], offset, length_bytes, data, unmap=verb == "zero")
+        outcome = self.disk.submit([request], wait=False)[0]
+        self.log.note("withdrawn" if outcome is BLOCKED else "end")
 
     def step(self, step: Step) -> None:
         verb, offset, length_bytes = step
@@ -218,6 +236,8 @@ def _note(
         tokens.append(("write", guest.begin_discard(int(str(fields["offset"])), int(str(fields["length_bytes"])))))
     elif entry.event == "end":
         guest.end(tokens.pop()[1])
+    elif entry.event == "withdrawn":
+        guest.withdraw(tokens.pop()[1])
     elif entry.event == "reopened":
         data = fields["data"]
         assert isinstance(data, bytes)

@@ -62,6 +62,14 @@ class GuestModel:
                 if entry.serial == token:
                     entry.acknowledged = True
 
+    def withdraw(self, token: int) -> None:
+        """The write was refused before anything of it was done."""
+        for sector, history in self._history.items():
+            if history[-1].serial == token:
+                history.pop()
+                value = history[-1].values[0]
+                self.content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] = value
+
     def reopen(self, content: bytes) -> None:
         """The process was killed and the guest came back: what it reads now is what the next flush must keep.
 

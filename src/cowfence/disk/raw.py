@@ -14,15 +14,18 @@ every later flush fails too.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
+from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_padded
+from cowfence.units import KIB
 
 _READ: Final = Verb.READ
 _WRITE: Final = Verb.WRITE
@@ -46,6 +49,16 @@ class RawDisk:
         self._dirty = False
         self._failed_fence: CowfenceError | None = None
         self._closed = False
+
+    def __enter__(self) -> RawDisk:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
+        """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
+        return as_file(self, buffering)
 
     @property
     def writable(self) -> bool:

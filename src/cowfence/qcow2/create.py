@@ -69,7 +69,7 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     l1_entries = geometry.l1_entries_for(wanted.size_bytes)
     if wanted.size_bytes < 0 or l1_entries * 8 > MAX_L1_BYTES:
         raise Invalid(f"an image of {wanted.size_bytes} bytes is too large for clusters of {cluster_bytes} bytes")
-    l1_clusters = max(1, geometry.clusters_for(l1_entries * 8))
+    l1_clusters = geometry.clusters_for(l1_entries * 8)
     guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
     l2_tables = l1_entries if wanted.preallocate_metadata else 0
     used = 1 + l1_clusters + l2_tables + guest_clusters

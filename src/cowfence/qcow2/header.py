@@ -54,6 +54,7 @@ from cowfence.qcow2.geometry import (
     Geometry,
     HostOffset,
 )
+from cowfence.storage.base import Storage
 
 __all__ = [
     "MAGIC",
@@ -72,6 +73,7 @@ __all__ = [
     "feature_bits_patch",
     "l1_patch",
     "parse_header",
+    "read_header",
     "refcount_table_patch",
     "size_patch",
     "snapshots_patch",
@@ -89,6 +91,8 @@ COMPRESSION_ZSTD: Final = 1
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
 CRYPT_LUKS: Final = 2
+
+_PREFIX_BYTES: Final = 128
 
 _BASE = struct.Struct(">4sIQIIQIIQQIIQ")
 _FEATURES = struct.Struct(">QQQII")
@@ -205,6 +209,16 @@ def cluster_bytes_of(prefix: bytes, name: str) -> int:
     return 1 << cluster_bits
 
 
+def read_header(storage: Storage) -> Header:
+    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
+    prefix = bytearray(_PREFIX_BYTES)
+    got = storage.readv(0, (prefix,))
+    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
+    cluster = bytearray(length_bytes)
+    got = storage.readv(0, (cluster,))
+    return parse_header(bytes(cluster[:got]), storage.name)
+
+
 def parse_header(cluster0: bytes, name: str) -> Header:
     """The header of the image that starts with ``cluster0``: its first cluster, or what the file has of it; more is ignored.
 
@@ -306,6 +320,12 @@ def _validate(header: Header, name: str) -> None:
         _check_offset(name, field, offset, geometry)
     if header.l1_entries * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
         raise _corrupt(name, "l1_size", f"is {header.l1_entries}, the L1 table must not exceed {MAX_L1_BYTES} bytes")
+    needed = geometry.l1_entries_for(header.size_bytes)
+    if needed * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
+        # A shorter table is not refused: what it does not reach is a hole. But no table that is allowed would hold this disk.
+        raise _corrupt(
+            name, "l1_size", f"a disk of {header.size_bytes} bytes needs {needed} entries, more than {MAX_L1_BYTES} bytes"
+        )
     if header.refcount_table_clusters * geometry.cluster_bytes > MAX_REFCOUNT_TABLE_BYTES:
         raise _corrupt(
             name,

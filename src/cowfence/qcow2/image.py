@@ -11,19 +11,19 @@ does.
 
 from __future__ import annotations
 
+import io
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import TypeVar
 
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
-from cowfence.qcow2.allocator import Allocator
-from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
+from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
@@ -32,63 +32,22 @@ from cowfence.qcow2.header import (
     check_bounds,
     check_overlaps,
     check_supported,
-    cluster_bytes_of,
     feature_bits_patch,
-    parse_header,
+    read_header,
 )
-from cowfence.qcow2.layout import Layout
+from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.read import Reads
-from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit
-from cowfence.qcow2.reclaim import ClusterReclaimer
-from cowfence.qcow2.refcounts import Refcounts
-from cowfence.qcow2.snapshot_table import read_snapshots
-from cowfence.qcow2.state import State
-from cowfence.qcow2.tables import Kind, Table
-from cowfence.qcow2.transaction import Committer, Pending
+from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
-from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_exact
-from cowfence.units import MIB
+from cowfence.storage.base import Buffer, Storage, WritableBuffer
+from cowfence.units import KIB
 
 T = TypeVar("T")
 
-_HEADER_PREFIX_BYTES = 128
-_EXTENTS_PIECE_BYTES = 1 << 40
-
-
-class CacheMode(Enum):
-    """When a write is durable. WRITEBACK: at the next flush. WRITETHROUGH: when it returns. UNSAFE: flushes do nothing."""
-
-    WRITEBACK = "writeback"
-    WRITETHROUGH = "writethrough"
-    UNSAFE = "unsafe"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an image is opened. Sizes in bytes, times in seconds.
-
-    ``cache_bytes`` bounds the L2 tables in memory (refcount blocks: a quarter more). ``commit_interval``: an idle guest's
-    writes are committed after so long (None: never on their own). ``discards``: host space of what the guest discarded is
-    given back. ``quarantine_bytes``: freed space that may wait for a commit before one is made for it.
-    """
-
-    cache_bytes: int = 32 * MIB
-    mode: CacheMode = CacheMode.WRITEBACK
-    commit_interval: float | None = 5.0
-    discards: bool = True
-    quarantine_bytes: int = 256 * MIB
-
-
-def read_header(storage: Storage) -> Header:
-    """The header of an image file. Reads the first cluster. Raises NotThisFormat, Unsupported, Corrupt."""
-    prefix = bytearray(_HEADER_PREFIX_BYTES)
-    got = storage.readv(0, (prefix,))
-    length_bytes = cluster_bytes_of(bytes(prefix[:got]), storage.name)
-    cluster = bytearray(length_bytes)
-    got = storage.readv(0, (cluster,))
-    return parse_header(bytes(cluster[:got]), storage.name)
+_EXTENTS_PIECE_TABLES = 4096
+"""L2 tables that are looked at in one go, under the lock."""
 
 
 def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
@@ -114,99 +73,39 @@ def open_image(storage: Storage, *, backing: Disk | None, writable: bool, option
     return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options())
 
 
-def _load_table(storage: Storage, kind: Kind, offset: int, length_bytes: int) -> Table:
-    return Table.from_bytes(kind, 0, offset, read_exact(storage, offset, length_bytes, kind.value))
-
-
-def _claim_all(state: State) -> None:
-    """List every cluster of metadata. Raises Corrupt where two structures share one."""
-    header, geometry, layout = state.header, state.geometry, state.layout
-    layout.claim_new(0, 1, Kind.HEADER)
-    layout.claim_new(header.refcount_table_offset, header.refcount_table_clusters, Kind.REFCOUNT_TABLE)
-    if header.l1_entries:
-        layout.claim_new(header.l1_offset, geometry.clusters_for(header.l1_entries * 8), Kind.L1)
-    for index, entry in enumerate(state.refcounts.table.entries):
-        if entry:
-            offset = state.refcounts.block_offset(index)
-            assert offset is not None
-            layout.claim_new(offset, 1, Kind.REFCOUNT_BLOCK)
-    for index, entry in enumerate(state.l1.entries):
-        if entry:
-            l2_offset = state.l2_offset(index)
-            if l2_offset is not None:
-                layout.claim_new(l2_offset, 1, Kind.L2)
-    if header.snapshot_count:
-        snapshots = read_snapshots(state.storage, header)
-        length_bytes = sum(40 + len(s.extra) + len(os.fsencode(s.id)) + len(os.fsencode(s.name)) + 7 & ~7 for s in snapshots)
-        layout.claim_new(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
-        for snapshot in snapshots:
-            if snapshot.l1_entries:
-                layout.claim_new(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
-    bitmaps = header.bitmaps
-    if bitmaps is not None:
-        layout.claim_new(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)
-
-
 class Qcow2Disk:
     """A guest's disk in a qcow2 image. Thread-safe; belongs to the process that opened it."""
 
     def __init__(self, storage: Storage, header: Header, backing: Disk | None, *, writable: bool, options: Options) -> None:
-        geometry = header.geometry
-        lock = threading.Lock()
-        layout = Layout(storage.name, header.cluster_bits)
-        pending = Pending()
-        reader = MetadataReader(storage)
-        l1 = _load_table(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
-        refcount_table = _load_table(
-            storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
-        )
-        tables = max(1, options.cache_bytes >> header.cluster_bits)
-        refcounts = Refcounts(reader, geometry, refcount_table, pending, max(1, tables // 4))
-        allocator = Allocator(
-            storage.name,
-            refcounts,
-            layout,
-            geometry,
-            pending,
-            file_bytes=storage.size(),
-            holes=storage.capabilities().holes_past_end,
-        )
-        self._reclaimer = ClusterReclaimer()
-        self._committer = Committer(storage, layout, lock, pending, self._reclaimer)
-        self._state = state = State(
-            storage=storage,
-            header=header,
-            geometry=geometry,
-            lock=lock,
-            reader=reader,
-            layout=layout,
-            pending=pending,
-            l1=l1,
-            l2=TableCache(tables),
-            refcounts=refcounts,
-            allocator=allocator,
-            committer=self._committer,
-            backing=backing,
-            backing_bytes=min(backing.size, header.size_bytes) if backing is not None else 0,
-            size=header.size_bytes,
-            discards=options.discards and storage.capabilities().punches_holes,
-            quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
-        )
-        self._reclaimer.state = state
-        self._reads = Reads(state, self._reclaimer.release)
+        self._state = state = assemble(storage, header, backing, options)
+        geometry = state.geometry
+        self._committer = state.committer
+        self._reclaimer = state.reclaimer
+        self._reads = Reads(state, self._end_ticket)
         self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
         self._zeroes = Zeroes(state, self._writes)
         self._writable = writable
         self._mode = options.mode
+        # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
+        self._lock = state.lock
+        self._tables = state.l2.tables
+        self._readv = storage.readv
+        self._scratch = bytearray()
+        self._size = state.size
+        """-1 once calls are refused, so that no range is plain any more."""
+        self._bits, self._l1_shift = geometry.cluster_bits, geometry.l1_shift
+        self._cluster_bytes, self._within_mask = geometry.cluster_bytes, geometry.cluster_mask
+        self._l2_mask = geometry.l2_entries - 1
+        self._not_plain = ~(COPIED | OFFSET_MASK & ~geometry.cluster_mask)
         self._unready: CowfenceError | None = None
         """Why calls are refused: closed, or in a forked child. Checked by every call."""
         self._features_settled = not writable or header.version < 3 or not header.autoclear
-        self._interval: _IntervalCommit | None = None
+        self._interval: IntervalCommit | None = None
         if writable:
-            _claim_all(state)
+            claim_all(state)
             if options.commit_interval is not None and options.mode is not CacheMode.WRITETHROUGH:
-                self._interval = _IntervalCommit(self, options.commit_interval)
+                self._interval = IntervalCommit(self, options.commit_interval)
         _LIVE.add(self)
 
     @property
@@ -238,6 +137,15 @@ class Qcow2Disk:
         """How many fences this disk has made since it was opened (not counting the one at open)."""
         return self._committer.fences
 
+    def info(self) -> ImageInfo:
+        """The image, described (see ``qcow2.describe``): as its file is now, without what is pending."""
+        self._check()
+        return describe(self._state.storage)
+
+    def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
+        """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
+        return as_file(self, buffering)
+
     def __enter__(self) -> Qcow2Disk:
         return self
 
@@ -252,6 +160,25 @@ class Qcow2Disk:
         self._reads.read_into(offset, view, wait=wait)
 
     def read(self, offset: int, length_bytes: int) -> bytes:
+        # The plain case, inside one allocated cluster and in the page cache, without the general plan: half the price.
+        within = offset & self._within_mask
+        if 0 < length_bytes <= self._cluster_bytes - within and 0 <= offset <= self._size - length_bytes:
+            with self._lock:
+                table = self._tables.get(offset >> self._l1_shift)
+                if table is not None:
+                    entry = table.entries[offset >> self._bits & self._l2_mask]
+                    host = entry & OFFSET_MASK
+                    if host and not entry & self._not_plain:
+                        table.used = True
+                        scratch = self._scratch
+                        if len(scratch) != length_bytes:
+                            # Under the lock one buffer serves all: clearing a new one for each read costs as much as the copy.
+                            scratch = self._scratch = bytearray(length_bytes)
+                        try:
+                            if self._readv(host + within, (scratch,), wait=False) == length_bytes:
+                                return bytes(scratch)
+                        except WouldBlock:
+                            pass
         self._check_range(offset, length_bytes)
         buffer = bytearray(length_bytes)
         self._reads.read_into(offset, memoryview(buffer), wait=True)
@@ -265,7 +192,7 @@ class Qcow2Disk:
         state = self._state
         end = offset + length_bytes
         while offset < end:
-            piece = min(end - offset, _EXTENTS_PIECE_BYTES)
+            piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
             for kind, start, run_bytes, host, _ in self._run(
                 lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait))  # type: ignore[misc]
             ):
@@ -358,12 +285,10 @@ class Qcow2Disk:
             return [self._unready] * len(requests)
         outcomes: list[Outcome] = []
         state = self._state
-        geometry = state.geometry
-        bits, l2_bits, within_mask = geometry.cluster_bits, geometry.l2_bits, geometry.cluster_mask
-        cluster_bytes, l2_mask = geometry.cluster_bytes, geometry.l2_entries - 1
-        not_plain = ~(COPIED | OFFSET_MASK & ~within_mask)
-        size, tables, kinds, committer = state.size, state.l2.tables, state.layout.kinds, self._committer
-        readv, writev = state.storage.readv, state.storage.writev
+        bits, l2_bits, within_mask = self._bits, state.geometry.l2_bits, self._within_mask
+        cluster_bytes, l2_mask, not_plain = self._cluster_bytes, self._l2_mask, self._not_plain
+        size, tables, kinds, committer = self._size, self._tables, state.layout.kinds, self._committer
+        readv, writev = self._readv, state.storage.writev
         read, write = Verb.READ, Verb.WRITE
         inline_writes = (
             self._writable and self._features_settled and self._mode is not CacheMode.WRITETHROUGH and committer.broken is None
@@ -467,7 +392,9 @@ class Qcow2Disk:
                 # It may commit, or wait for the host: refuse early what is wrong, and leave the rest to a thread that may wait.
                 self._check_range(offset, len(data) if verb is Verb.WRITE else length_bytes)
                 self._check_writable()
-                return BLOCKED
+                if verb is Verb.WRITE or fua or not self._one_piece(request):
+                    return BLOCKED
+                return None
             if verb is Verb.WRITE:
                 self.write(offset, data, fua=fua)
             elif verb is Verb.ZERO:
@@ -481,6 +408,26 @@ class Qcow2Disk:
             return BLOCKED
         except CowfenceError as error:
             return error
+
+    def _one_piece(self, request: Request) -> bool:
+        """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
+        verb, offset, length_bytes, _, _, unmap = request
+        aligned = length_bytes and not (offset | length_bytes) & self._within_mask
+        if not aligned or offset >> self._l1_shift != offset + length_bytes - 1 >> self._l1_shift:
+            return False
+        if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
+            return False
+        with self._lock:
+            try:
+                if verb is Verb.ZERO:
+                    done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
+                else:
+                    done = self._zeroes.discard(offset, length_bytes, wait=False)
+            except (Cold, NeedsCommit, NoSpace):
+                return False
+        if self._interval is not None:
+            self._interval.start()
+        return done == length_bytes
 
     # The loop around every plan
 
@@ -501,7 +448,11 @@ class Qcow2Disk:
                     satisfy: Callable[[], object] = cold.warm
                 except NeedsCommit as need:
                     satisfy = self._satisfier(need)
-            satisfy()
+                ticket = state.tickets.begin()
+            try:
+                satisfy()
+            finally:
+                self._end_ticket(ticket)
 
     def _satisfier(self, need: NeedsCommit) -> Callable[[], None]:
         def satisfy() -> None:
@@ -533,28 +484,40 @@ class Qcow2Disk:
         self._committer.commit()
         return self._run(plan)
 
+    def _end_ticket(self, ticket: int) -> None:
+        with self._lock:
+            self._state.tickets.end(ticket)
+        self._reclaimer.release()
+
     # Ending
 
     def close(self) -> None:
-        """Commit, fence what was reclaimed, and release the files. In a forked child nothing is written or unlocked."""
+        """Commit, fence what was reclaimed, and release the files. In a forked child nothing is written or unlocked.
+
+        Calls that other threads are in come to their end first; later ones raise Closed.
+        """
         if self._unready is not None:
             return
+        with self._lock:
+            if self._unready is not None:
+                return
+            self._unready, self._size = Closed(f"{self._state.storage.name}: the disk is closed"), -1
         if self._interval is not None:
             self._interval.stop()
+        self._state.tickets.wait_for_all()
         try:
             if self._writable and self._committer.broken is None:
                 self._committer.commit()
-                if self._committer.unfenced_reclaim and self._mode is not CacheMode.UNSAFE:
+                if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")
         finally:
-            self._unready = Closed(f"{self._state.storage.name}: the disk is closed")
             self._state.storage.close()
             if self._state.backing is not None:
                 self._state.backing.close()
 
     def _disown(self) -> None:
         """In a forked child: every call raises from now on, and nothing is written or unlocked."""
-        self._unready = Closed(f"{self._state.storage.name}: the disk belongs to the process that opened it")
+        self._unready, self._size = Closed(f"{self._state.storage.name}: the disk belongs to the process that opened it"), -1
         self._interval = None
 
     # Checks
@@ -574,47 +537,6 @@ class Qcow2Disk:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
             raise self._committer.broken
-
-
-class _IntervalCommit:
-    """Commits what an idle guest left pending, a while after the first change. One thread, started when it is first needed."""
-
-    def __init__(self, disk: Qcow2Disk, seconds: float) -> None:
-        self._disk = weakref.ref(disk)
-        self._seconds = seconds
-        self._wake = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Something is pending: commit it at the end of the interval."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
-            self._thread.start()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stopped.is_set():
-            self._wake.wait()
-            if self._stopped.wait(self._seconds):
-                return
-            self._wake.clear()
-            disk = self._disk()
-            if disk is None:
-                return
-            try:
-                disk.commit()
-            except CowfenceError:
-                # The guest learns of it at its next flush; what is pending stays pending.
-                self._wake.set()
-            del disk
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()

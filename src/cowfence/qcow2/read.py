@@ -20,9 +20,9 @@ from cowfence.qcow2.state import State
 class Reads:
     """Reads of one image."""
 
-    def __init__(self, state: State, ticket_ended: Callable[[], None]) -> None:
+    def __init__(self, state: State, end_ticket: Callable[[int], None]) -> None:
         self._state = state
-        self._ticket_ended = ticket_ended
+        self._end_ticket = end_ticket
         self._decompress = decompressor(state.header.compression_type)
         self._last: tuple[int, bytes] = (0, b"")
         """The compressed entry that was decompressed last, and its cluster: readers come back for the rest of it."""
@@ -41,21 +41,17 @@ class Reads:
                     warm: Callable[[], object] | None = cold.warm
                 except WouldBlock:
                     warm = None
-                    if wait:
-                        ticket = state.tickets.begin()
-            if not wait:
-                raise WouldBlock(f"{state.storage.name}: offset {offset} is not in memory")
-            if warm is not None:
+                if not wait:
+                    raise WouldBlock(f"{state.storage.name}: offset {offset} is not in memory")
+                ticket = state.tickets.begin()
+            try:
+                if warm is None:
+                    self.fill(plan, offset, view, wait=True)
+                    return
                 warm()
                 tries += 1
-                continue
-            try:
-                self.fill(plan, offset, view, wait=True)
-                return
             finally:
-                with state.lock:
-                    state.tickets.end(ticket)
-                self._ticket_ended()
+                self._end_ticket(ticket)
 
     def fill(self, plan: Iterable[GuestRun], start: int, view: memoryview, *, wait: bool) -> None:
         """Carry a plan out. Raises WouldBlock where ``wait`` is false."""

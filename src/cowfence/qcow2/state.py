@@ -7,8 +7,8 @@ that it was planned against are not given to anybody else before it has ended (c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
+from threading import Condition, Lock
 
 from cowfence.disk.base import Disk
 from cowfence.errors import Corrupt
@@ -19,6 +19,7 @@ from cowfence.qcow2.geometry import OFFSET_MASK, Geometry
 from cowfence.qcow2.header import Header
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import MetadataReader, NeedsCommit
+from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
@@ -26,11 +27,12 @@ from cowfence.storage.base import Storage
 
 
 class Tickets:
-    """Who still works outside the lock with an older plan. All calls are made under the image's lock."""
+    """Who still works outside the lock with an older plan. All calls but one are made under the image's lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: Lock) -> None:
         self._next = 0
         self._active: dict[int, None] = {}
+        self._ended = Condition(lock)
 
     def begin(self) -> int:
         ticket = self._next
@@ -40,6 +42,12 @@ class Tickets:
 
     def end(self, ticket: int) -> None:
         del self._active[ticket]
+        self._ended.notify_all()
+
+    def wait_for_all(self) -> None:
+        """Wait until nobody works outside the lock any more. Called outside of it."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self._active)
 
     def now(self) -> int:
         """A mark: plans made from here on are newer."""
@@ -67,6 +75,7 @@ class State:
     refcounts: Refcounts
     allocator: Allocator
     committer: Committer
+    reclaimer: ClusterReclaimer
     backing: Disk | None
     backing_bytes: int
     size: int
@@ -74,7 +83,7 @@ class State:
     """Host space of what the guest discarded is given back to the host."""
     quarantine_limit: int
     """Clusters that may wait for their release before an operation commits on its own."""
-    tickets: Tickets = field(default_factory=Tickets)
+    tickets: Tickets
 
     def l2_table(self, l1_index: int, *, wait: bool, cached: bool) -> Table | None:
         """The L2 table behind an L1 entry; None where there is none.

@@ -202,4 +202,17 @@ def counts_view(data: Any, bits: int) -> NDArray[Any]:
     return ((packed[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)
 
 
+def counts_bytes(counts: NDArray[Any], bits: int) -> bytes:
+    """The counts of a block as they stand on disk; the reverse of ``counts_view``. They must fit."""
+    import numpy as np
+
+    if bits >= 8:
+        return counts.astype(f">u{bits // 8}").tobytes()
+    if bits == 1:
+        return np.packbits(counts.astype(np.uint8), bitorder="little").tobytes()
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    packed = np.bitwise_or.reduce(counts.astype(np.uint8).reshape(-1, 8 // bits) << shifts, axis=1)
+    return bytes(packed.tobytes())
+
+
 AnyTable = Table | RefcountBlock

@@ -205,7 +205,11 @@ class Committer:
     fence of it.
     """
 
-    def __init__(self, storage: Storage, layout: Layout, lock: Lock, pending: Pending, reclaimer: Reclaimer) -> None:
+    def __init__(
+        self, storage: Storage, layout: Layout, lock: Lock, pending: Pending, reclaimer: Reclaimer, *, unsafe: bool = False
+    ) -> None:
+        """``unsafe``: nothing is ever fenced; the caller gave up the promise of power cuts for speed."""
+        self._unsafe = unsafe
         self._storage = storage
         self._layout = layout
         self._lock = lock
@@ -305,6 +309,8 @@ class Committer:
         self._reclaimer.reclaim(frozen.freed)
 
     def _fence(self, mark: str) -> None:
+        if self._unsafe:
+            return
         try:
             self._storage.fence(mark)
         except CowfenceError as failure:

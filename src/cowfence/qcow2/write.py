@@ -200,7 +200,8 @@ class LinkHome:
         """Decide whether a new table is needed. Raises NeedsCommit where the cache has no room for it."""
         state = self._state
         if self._table is None:
-            if not state.l2.room_for(1):
+            # Each new table is kept twice while it is committed: not more of them than a part of the cache at a time.
+            if len(state.pending.changed) > max(4, state.l2.limit // 4) or not state.l2.room_for(1):
                 raise NeedsCommit
             self.clusters = 1
         elif not state.may_write_in_place(state.l1.entries[self._l1_index], wait=self._wait):

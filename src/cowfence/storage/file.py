@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 """``FileStorage``: a local file or block device.
 
 Reads and writes are positional vectored calls on one descriptor, so that any number of threads may use it at once; the
@@ -15,6 +14,7 @@ marked clean, and the next call succeeds although the bytes never reached the di
 A block device differs from a file in three ways: its length is fixed, what lies past the end of what was written is old
 content instead of zeros, and discard is another call.
 """
+# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 
 from __future__ import annotations
 
@@ -136,16 +136,16 @@ class FileStorage:
             raise
 
     @classmethod
-    def from_fd(cls, fd: int, name: str, *, writable: bool) -> FileStorage:
-        """Take over an open descriptor, with its open mode (O_DIRECT too) and without locking or unlocking anything.
+    def from_fd(cls, fd: int, name: str, *, writable: bool, lock: ImageLock | None = None) -> FileStorage:
+        """Take over an open descriptor, with its open mode (O_DIRECT too), and ``lock``, which the caller acquired on it.
 
-        Raises like ``open``, and then leaves the descriptor to the caller.
+        Raises like ``open``, and then leaves both to the caller.
         """
         try:
             require_image_kind(name, os.fstat(fd).st_mode, allow_devices=True)
         except OSError as exc:
             raise from_os_error(name, "open", 0, exc) from exc
-        return cls._over(fd, name, writable=writable, lock=None)
+        return cls._over(fd, name, writable=writable, lock=lock)
 
     @classmethod
     def _over(cls, fd: int, name: str, *, writable: bool, lock: ImageLock | None) -> FileStorage:

@@ -1,0 +1,199 @@
+"""An image over its backing files.
+
+The caller names one file, and its format; every further file is named by an image, which is data that anyone may have written.
+So each goes through the policy of references (``disk.opener``), and:
+
+- The format of a backing file is the one that the image records, and is obeyed: "raw" is raw, even if the file begins with the
+  magic string of qcow2, which a guest can write. There is no probing here. An image that records no format is refused, unless
+  the caller says what to assume.
+- Backing files are opened for reading, and locked as readers, so that nobody changes them below us; ``force_share`` leaves both
+  the image and its backing files to others.
+- A chain is at most 32 files deep, and no file stands in it twice.
+
+What was opened before something failed is closed again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, overload
+
+from cowfence.disk.base import Disk
+from cowfence.disk.opener import OpenFile, Place, Refs, printable
+from cowfence.disk.raw import RawDisk
+from cowfence.errors import Refused, Unsupported
+from cowfence.qcow2.describe import probe
+from cowfence.qcow2.header import Header, check_supported, read_header
+from cowfence.qcow2.image import Options, Qcow2Disk, open_image
+from cowfence.storage.base import Storage
+from cowfence.storage.file import FileStorage
+from cowfence.storage.locks import ImageLock
+
+__all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
+
+Format: TypeAlias = Literal["qcow2", "raw"]
+FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
+
+
+@overload
+def open_chain(
+    path: str | os.PathLike[str],
+    *,
+    format: Literal["qcow2"] = "qcow2",
+    writable: bool = False,
+    refs: Refs | None = None,
+    options: Options | None = None,
+    lock: bool = True,
+    force_share: bool = False,
+    allow_devices: bool = True,
+    direct: bool = False,
+    backing: bool = True,
+    assume_backing_format: str | None = None,
+) -> Qcow2Disk: ...
+
+
+@overload
+def open_chain(
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    writable: bool = False,
+    refs: Refs | None = None,
+    options: Options | None = None,
+    lock: bool = True,
+    force_share: bool = False,
+    allow_devices: bool = True,
+    direct: bool = False,
+    backing: bool = True,
+    assume_backing_format: str | None = None,
+) -> Qcow2Disk | RawDisk: ...
+
+
+def open_chain(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "qcow2",
+    writable: bool = False,
+    refs: Refs | None = None,
+    options: Options | None = None,
+    lock: bool = True,
+    force_share: bool = False,
+    allow_devices: bool = True,
+    direct: bool = False,
+    backing: bool = True,
+    assume_backing_format: str | None = None,
+) -> Qcow2Disk | RawDisk:
+    """Open the image at ``path``, of the given format, and the backing files that it names.
+
+    ``refs``: which files may be opened because an image names them (default: those under the image's own directory).
+    ``lock`` and ``force_share``: see ``storage.locks``; they hold for the backing files too. ``allow_devices``: the image may
+    be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache; backing
+    files, which others may share, go through it. ``backing=False`` opens no backing file: what the image does not hold then
+    reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
+    record none; without it they are refused.
+
+    Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
+    (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
+    """
+    name = printable(os.fspath(path))
+    check_format(format, name)
+    if assume_backing_format is not None:
+        check_format(assume_backing_format, name)
+    storage = FileStorage.open(
+        path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
+    )
+    try:
+        if format == "raw":
+            return RawDisk(storage)
+        way = _Way(
+            refs=Refs.beside(path) if refs is None else refs,
+            options=options or Options(),
+            lock=lock,
+            force_share=force_share,
+            assume_format=assume_backing_format,
+        )
+        place = Place.of_top(storage.fileno(), path, name) if backing else None
+        return _open_qcow2(storage, place, way, writable=writable)
+    except BaseException:
+        storage.close()
+        raise
+
+
+def check_format(name: str, image: str) -> None:
+    """Raises Unsupported for a format other than qcow2 and raw; ``image`` is for the message."""
+    if name not in FORMATS:
+        raise Unsupported(image, f"image format {name!a}; cowfence opens qcow2 and raw")
+
+
+def backing_format_of(header: Header, image: str, assume_format: str | None) -> Format:
+    """The format that the image at ``image`` records for its backing file, or else the assumed one. Never a guess.
+
+    Raises Refused where there is neither, Unsupported for another format than qcow2 and raw.
+    """
+    recorded = header.backing_format or assume_format
+    if recorded is None:
+        raise Refused(
+            printable(header.backing_file or ""),
+            f"{image} does not record the format of this backing file, and guessing it is unsafe; "
+            "add --assume-backing-format qcow2 or raw",
+        )
+    if recorded not in FORMATS:
+        raise Unsupported(image, f"backing file format {recorded!a}; cowfence opens qcow2 and raw")
+    return "raw" if recorded == "raw" else "qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the files of one chain are opened."""
+
+    refs: Refs
+    options: Options
+    lock: bool
+    force_share: bool
+    assume_format: str | None
+
+
+def _open_qcow2(storage: Storage, place: Place | None, way: _Way, *, writable: bool) -> Qcow2Disk:
+    """The image in ``storage``, which stays the caller's if this fails. ``place``: None opens no backing file."""
+    below: Disk | None = None
+    if place is not None:
+        header = read_header(storage)
+        # An image that cannot be read must not make us open anything.
+        check_supported(header, storage.name)
+        if header.backing_file is not None:
+            below = _open_backing(header.backing_file, backing_format_of(header, place.name, way.assume_format), place, way)
+    try:
+        return open_image(storage, backing=below, writable=writable, options=way.options)
+    except BaseException:
+        if below is not None:
+            below.close()
+        raise
+
+
+def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Disk:
+    opened = way.refs.follow(reference, place)
+    storage = lock_reference(opened, lock=way.lock, force_share=way.force_share)
+    try:
+        if format_name == "raw":
+            return RawDisk(storage)
+        return _open_qcow2(storage, opened.place, way, writable=False)
+    except BaseException:
+        storage.close()
+        raise
+
+
+def lock_reference(opened: OpenFile, *, name: str | None = None, lock: bool, force_share: bool) -> FileStorage:
+    """The storage of a file that the policy opened, locked as a reader. Takes the descriptor over, also when it fails."""
+    held: ImageLock | None = None
+    shown = opened.name if name is None else name
+    try:
+        if lock:
+            held = ImageLock.acquire(opened.fd, shown, writable=False, force_share=force_share)
+        return FileStorage.from_fd(opened.fd, shown, writable=False, lock=held)
+    except BaseException:
+        if held is not None:
+            # Closing is not enough: a descriptor that the caller provided shares the lock with the one that he keeps.
+            held.release()
+        os.close(opened.fd)
+        raise

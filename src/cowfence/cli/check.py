@@ -1,0 +1,107 @@
+"""``cowfence check``: check an image, in the words and with the exit codes of ``qemu-img check``.
+
+0: clean. 1: the check could not be made. 2: corrupt. 3: leaked clusters only. 63: the format has no check. After ``-r`` they
+describe what is left. Each finding is a line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Final
+
+from cowfence.cli.main import add_output_option, print_json
+from cowfence.disk.opener import printable
+from cowfence.ops.check import CheckResult, Mode, NoCheck, check
+from cowfence.qcow2.findings import Report
+
+EXIT_NO_CHECK: Final = 63
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument(
+        "-r", dest="repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far the check is")
+    parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
+    add_output_option(parser)
+    parser.add_argument("image")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    mode = None if arguments.repair is None else Mode(arguments.repair)
+    if mode is not None and arguments.force_share:
+        print("cowfence: an image that another process may write to cannot be repaired (-r with -U)", file=sys.stderr)
+        return 1
+    shows_progress = arguments.progress and not arguments.quiet
+    try:
+        result = check(
+            arguments.image,
+            format=arguments.format,
+            repair=mode,
+            force_share=arguments.force_share,
+            progress=_show_progress if shows_progress else None,
+        )
+    except NoCheck as error:
+        print(f"cowfence: {printable(str(error))}", file=sys.stderr)
+        return EXIT_NO_CHECK
+    finally:
+        if shows_progress:
+            print()
+    for finding in result.findings:
+        print(f"{finding.grade.value}: {printable(str(finding))}", file=sys.stderr)
+    for line in _left_out(result.report):
+        print(line, file=sys.stderr)
+    for reason in result.unrepairable:
+        print(f"not repaired: {printable(reason)}", file=sys.stderr)
+    if not arguments.quiet:
+        if arguments.output == "json":
+            print_json(result.to_dict())
+        else:
+            _print_human(result)
+    return result.exit_code
+
+
+def _show_progress(done: float) -> None:
+    print(f"    ({done * 100:.2f}/100%)", end="\r", flush=True)
+
+
+def _left_out(report: Report) -> list[str]:
+    """A line for each sort of finding of which not all are kept."""
+    kept: dict[tuple[object, object], int] = {}
+    for finding in report.findings:
+        kept[finding.problem, finding.grade] = kept.get((finding.problem, finding.grade), 0) + 1
+    return [
+        f"{grade.value}: {problem.value}: {total - kept[problem, grade]} more"
+        for (problem, grade), total in report.totals.items()
+        if total > kept[problem, grade]
+    ]
+
+
+def _print_human(result: CheckResult) -> None:
+    report = result.report
+    if result.corruptions_fixed or result.leaks_fixed:
+        print("The following inconsistencies were found and repaired:\n")
+        print(f"    {result.leaks_fixed} leaked clusters\n    {result.corruptions_fixed} corruptions\n")
+    if not report.corruptions and not report.leaks:
+        print("No errors were found on the image.")
+    if report.corruptions:
+        print(f"\n{report.corruptions} errors were found on the image.")
+        if report.fatal:
+            print("Data may be corrupted, or further writes to the image may corrupt it.")
+        else:
+            print("All of them are harmless: no data is in danger.")
+    if report.leaks:
+        print(f"\n{report.leaks} leaked clusters were found on the image.")
+        print("This means waste of disk space, but no harm to data.")
+    if report.total_clusters and report.allocated_clusters:
+        allocated, total = report.allocated_clusters, report.total_clusters
+        print(
+            f"{allocated}/{total} = {allocated * 100 / total:.2f}% allocated, "
+            f"{report.fragmented_clusters * 100 / allocated:.2f}% fragmented, "
+            f"{report.compressed_clusters * 100 / allocated:.2f}% compressed clusters"
+        )
+    if report.image_end_bytes:
+        print(f"Image end offset: {report.image_end_bytes}")

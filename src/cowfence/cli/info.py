@@ -1,0 +1,113 @@
+"""``cowfence info``: describe an image, in the words of ``qemu-img info``.
+
+Opens exactly the file that is named; ``--backing-chain`` alone goes on. Without ``-f`` the file is looked at, and what is no
+qcow2 image is "unknown": only the user can know that a file is raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.ops.info import ImageInfo, info, info_chain
+from cowfence.qcow2.describe import JsonValue
+from cowfence.qcow2.snapshot_table import Snapshot
+from cowfence.units import format_size
+
+_NANO = 10**9
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("--backing-chain", action="store_true", help="describe the backing files too")
+    parser.add_argument("-U", "--force-share", action="store_true", help="look at an image that another process writes to")
+    add_output_option(parser)
+    add_reference_options(parser)
+    parser.add_argument("image")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path, format_name, share = arguments.image, arguments.format, arguments.force_share
+    if arguments.backing_chain:
+        found = info_chain(
+            path,
+            format=format_name,
+            refs=references(arguments, path),
+            force_share=share,
+            assume_backing_format=arguments.assume_backing_format,
+        )
+    else:
+        found = (info(path, format=format_name, force_share=share),)
+    if arguments.output == "json":
+        images = [image.to_dict() for image in found]
+        print_json(images if arguments.backing_chain else images[0])
+    else:
+        print("\n\n".join("\n".join(_human(image)) for image in found))
+    return 0
+
+
+def _shown(name: str) -> str:
+    """A name on one line that steers no terminal: names come out of images."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _human(image: ImageInfo) -> list[str]:
+    actual = "unavailable" if image.actual_bytes is None else format_size(image.actual_bytes)
+    lines = [
+        f"image: {_shown(image.filename)}",
+        f"file format: {image.format}",
+        f"virtual size: {format_size(image.virtual_bytes)} ({image.virtual_bytes} bytes)",
+        f"disk size: {actual}",
+    ]
+    if image.encrypted:
+        lines.append("encrypted: yes")
+    if image.cluster_bytes is not None:
+        lines.append(f"cluster_size: {image.cluster_bytes}")
+    if image.dirty:
+        lines.append("cleanly shut down: no")
+    if image.backing_filename is not None:
+        line = f"backing file: {_shown(image.backing_filename)}"
+        if image.full_backing_filename is not None and image.full_backing_filename != image.backing_filename:
+            line += f" (actual path: {_shown(image.full_backing_filename)})"
+        lines.append(line)
+        if image.backing_format is not None:
+            lines.append(f"backing file format: {_shown(image.backing_format)}")
+    if image.snapshots:
+        lines.append("Snapshot list:")
+        lines.append(_columns("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"))
+        lines.extend(map(_snapshot, image.snapshots))
+    if image.specific is not None:
+        lines.append("Format specific information:")
+        lines.extend(_tree(image.specific.to_dict()["data"], 1))
+    return lines
+
+
+def _columns(ident: str, tag: str, vm_size: str, date: str, vm_clock: str, icount: str) -> str:
+    return f"{ident:<9} {tag:<16} {vm_size:>8}{date:>20}{vm_clock:>13}{icount:>11}"
+
+
+def _snapshot(snapshot: Snapshot) -> str:
+    seconds, rest = divmod(snapshot.vm_clock_nanoseconds, _NANO)
+    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1000000:03}"
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_seconds))
+    icount = "" if snapshot.icount is None else str(snapshot.icount)
+    return _columns(_shown(snapshot.id), _shown(snapshot.name), format_size(snapshot.vm_state_bytes), date, clock, icount)
+
+
+def _tree(value: JsonValue, level: int) -> list[str]:
+    """The format's own facts, indented: what ``qemu-img info`` makes of its JSON."""
+    indent = "    " * level
+    pairs: list[tuple[str, JsonValue]] = []
+    if isinstance(value, dict):
+        pairs = [(key.replace("-", " "), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        pairs = [(f"[{index}]", item) for index, item in enumerate(value)]
+    lines: list[str] = []
+    for key, item in pairs:
+        if isinstance(item, dict | list):
+            lines.append(f"{indent}{key}:")
+            lines.extend(_tree(item, level + 1))
+        else:
+            lines.append(f"{indent}{key}: {str(item).lower() if isinstance(item, bool) else _shown(str(item))}")
+    return lines

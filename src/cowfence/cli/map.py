@@ -1,0 +1,66 @@
+"""``cowfence map``: where the bytes of a disk stand, in the words of ``qemu-img map``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from cowfence.cli.formats import add_format_option, source_format
+from cowfence.cli.main import add_output_option, add_reference_options, references, size_bytes
+from cowfence.disk.opener import printable
+from cowfence.errors import Unsupported
+from cowfence.ops.map import MapEntry, map_image
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_format_option(parser)
+    parser.add_argument("-s", "--start-offset", type=size_bytes, default=0, metavar="SIZE", help="where to begin")
+    parser.add_argument("-l", "--max-length", type=size_bytes, metavar="SIZE", help="how much of the disk to show")
+    parser.add_argument("-U", "--force-share", action="store_true", help="look at an image that another process writes to")
+    add_output_option(parser)
+    add_reference_options(parser)
+    parser.add_argument("image")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    image = arguments.image
+    entries = map_image(
+        image,
+        format=source_format(arguments, image),
+        start_offset=arguments.start_offset,
+        max_length_bytes=arguments.max_length,
+        refs=references(arguments, image),
+        force_share=arguments.force_share,
+        assume_backing_format=arguments.assume_backing_format,
+    )
+    if arguments.output == "json":
+        _print_json(entries, arguments.start_offset)
+    else:
+        _print_human(entries, image)
+    return 0
+
+
+def _print_json(entries: tuple[MapEntry, ...], start_offset: int) -> None:
+    import json
+
+    # Of nothing, qemu-img shows one empty run.
+    shown = entries or (MapEntry(start_offset, 0, 0, present=False, zero=False, data=False),)
+    lines = [json.dumps(entry.to_dict()).replace("{", "{ ", 1) for entry in shown]
+    print("[" + ",\n".join(lines) + "]")
+
+
+def _print_human(entries: Iterable[MapEntry], image: str) -> None:
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for entry in entries:
+        if not entry.data or entry.zero:
+            continue
+        if entry.offset is None:
+            raise Unsupported(
+                printable(image), f"compressed clusters in the human form (at offset {entry.start}); use --output=json"
+            )
+        name = printable(entry.filename or "")
+        print(f"{_hex(entry.start):<16}{_hex(entry.length_bytes):<16}{_hex(entry.offset):<16}{name}")
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"

@@ -1,0 +1,210 @@
+"""Create an image: under a temporary name, fenced, then given its name (``storage.publish``), so that it appears whole.
+
+What stood at the path before is replaced as a whole, and not at all while somebody has it open. The backing file is opened
+before anything is made, alone, without the files below it: for its size, and to see that it is there and what it is said to be.
+Its name is stored as it was given, relative to the directory of the new image; it must be one that opening would accept.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Final
+
+from cowfence.chain import FORMATS, lock_reference
+from cowfence.disk.opener import Identity, Place, Refs, check_name, printable
+from cowfence.errors import Invalid, Unsupported, from_os_error
+from cowfence.qcow2.create import NewImage, geometry_of, write_new
+from cowfence.qcow2.describe import JsonValue
+from cowfence.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, read_header
+from cowfence.storage.file import FileStorage
+from cowfence.storage.publish import NewFile
+from cowfence.units import MIB, SECTOR_BYTES, align_up
+
+COMPRESSION_TYPES: Final = {"zlib": COMPRESSION_DEFLATE, "zstd": COMPRESSION_ZSTD}
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+_MAX_SIZE_BYTES: Final = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOptions:
+    """What to create; the defaults are qemu-img's.
+
+    ``size_bytes``: None takes the backing file's; it is rounded up to 512. ``version``: 2 (compat 0.10) or 3 (1.1).
+    ``preallocation``: "off"; "metadata" (tables for the whole disk); "falloc" (and the host's space reserved); "full" (and
+    written). A raw image has a size and a preallocation (not "metadata") only.
+    """
+
+    format: str = "qcow2"
+    size_bytes: int | None = None
+    cluster_bytes: int = 65536
+    refcount_bits: int = 16
+    version: int = 3
+    backing: str | None = None
+    backing_format: str | None = None
+    lazy_refcounts: bool = False
+    compression_type: str = "zlib"
+    preallocation: str = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The image that was made: its path, and its options with the size that it has now."""
+
+    path: str
+    size_bytes: int
+    options: CreateOptions
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        options = self.options
+        found: dict[str, JsonValue] = {"filename": self.path, "format": options.format, "virtual-size": self.size_bytes}
+        if options.format == "raw":
+            return found | {"preallocation": options.preallocation}
+        if options.backing is not None:
+            found |= {"backing-filename": options.backing, "backing-filename-format": options.backing_format}
+        return found | {
+            "cluster-size": options.cluster_bytes,
+            "compat": "0.10" if options.version == 2 else "1.1",
+            "compression-type": options.compression_type,
+            "lazy-refcounts": options.lazy_refcounts,
+            "preallocation": options.preallocation,
+            "refcount-bits": options.refcount_bits,
+        }
+
+
+def create(
+    path: str | os.PathLike[str], options: CreateOptions, *, open_backing: bool = True, refs: Refs | None = None
+) -> Created:
+    """Make the image at ``path``, replacing a file of this name.
+
+    ``refs`` is asked for the backing file (default: trusted, because the caller names it). ``open_backing=False`` stores its
+    name unseen; the size must be given then.
+
+    Raises Invalid (options that make no image), Unsupported, Refused (the backing file's name), Locked (the file to replace is
+    in use), NoSpace, StorageFailed. Nothing is left behind then, and what stood at the path still does.
+    """
+    settled = settle(path, options, open_backing=open_backing, refs=refs)
+    with NewFile(path) as new:
+        if new.in_place:
+            raise Unsupported(new.path, "creating an image on a block device")
+        write_empty(new.storage, settled)
+        new.publish()
+    assert settled.size_bytes is not None  # since settle
+    return Created(os.fspath(path), settled.size_bytes, settled)
+
+
+def settle(
+    path: str | os.PathLike[str], options: CreateOptions, *, open_backing: bool = True, refs: Refs | None = None
+) -> CreateOptions:
+    """The options checked against each other, with the size filled in; writes nothing. Raises as ``create`` does."""
+    name = printable(os.fspath(path))
+    _check_options(options, name)
+    size_bytes = options.size_bytes
+    if options.backing is not None:
+        check_name(options.backing)
+        if options.backing_format is None:
+            raise Invalid(f"{name}: backing file specified without backing format; give it with -F")
+        if options.backing_format not in FORMATS:
+            raise Unsupported(name, f"backing file format {options.backing_format!a}; cowfence opens qcow2 and raw")
+        if open_backing:
+            found_bytes = _backing_size(path, options.backing, options.backing_format, refs or Refs.trust_all())
+            size_bytes = found_bytes if size_bytes is None else size_bytes
+    if size_bytes is None:
+        raise Invalid(f"{name}: image creation needs a size parameter")
+    if not 0 <= size_bytes <= _MAX_SIZE_BYTES:
+        raise Invalid(f"{name}: an image of {size_bytes} bytes; the size must be between 0 and {_MAX_SIZE_BYTES}")
+    settled = replace(options, size_bytes=align_up(size_bytes, SECTOR_BYTES))
+    if options.format == "qcow2":
+        try:
+            geometry_of(_new_image(settled))
+        except Invalid as error:
+            raise Invalid(f"{name}: {error}") from None
+    return settled
+
+
+def _check_options(options: CreateOptions, name: str) -> None:
+    if options.format not in FORMATS:
+        raise Unsupported(name, f"creating images of format {options.format!a}; cowfence creates qcow2 and raw")
+    if options.preallocation not in PREALLOCATIONS:
+        raise Invalid(f"{name}: preallocation {options.preallocation!a} is none of {', '.join(PREALLOCATIONS)}")
+    if options.compression_type not in COMPRESSION_TYPES:
+        raise Invalid(f"{name}: compression type {options.compression_type!a} is none of {', '.join(COMPRESSION_TYPES)}")
+    if options.backing is None and options.backing_format is not None:
+        raise Invalid(f"{name}: a backing format without a backing file")
+    if options.format == "raw":
+        if options.backing is not None:
+            raise Invalid(f"{name}: a raw image has no backing file")
+        if options.preallocation == "metadata":
+            raise Invalid(f"{name}: a raw image has no metadata to preallocate")
+    if options.backing is not None and options.preallocation != "off":
+        raise Invalid(f"{name}: preallocation would hide the backing file: the two exclude each other")
+
+
+def _backing_size(path: str | os.PathLike[str], backing: str, backing_format: str, refs: Refs) -> int:
+    """The size of the backing file's disk. Opens that file only."""
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    opened = refs.follow(backing, Place(printable(os.fspath(path)), directory, _identity_of(path)))
+    storage = lock_reference(opened, lock=True, force_share=False)
+    try:
+        return storage.size() if backing_format == "raw" else read_header(storage).size_bytes
+    finally:
+        storage.close()
+
+
+def _identity_of(path: str | os.PathLike[str]) -> tuple[Identity, ...]:
+    """The file that stands at ``path`` as the chain's first: an image cannot be its own backing file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return ((found.st_dev, found.st_ino),)
+
+
+def _new_image(options: CreateOptions) -> NewImage:
+    assert options.size_bytes is not None  # since settle
+    return NewImage(
+        size_bytes=options.size_bytes,
+        cluster_bytes=options.cluster_bytes,
+        refcount_bits=options.refcount_bits,
+        version=options.version,
+        lazy_refcounts=options.lazy_refcounts,
+        compression_type=COMPRESSION_TYPES[options.compression_type],
+        backing_name=options.backing,
+        backing_format=options.backing_format,
+        preallocate_metadata=options.preallocation != "off",
+    )
+
+
+def write_empty(storage: FileStorage, settled: CreateOptions) -> None:
+    """Write the image into an empty file, for callers that fill it before it gets its name. ``settled``: from ``settle``."""
+    if settled.format == "raw":
+        assert settled.size_bytes is not None  # since settle
+        storage.truncate(settled.size_bytes, "create.size")
+    else:
+        try:
+            write_new(storage, _new_image(settled))
+        except Invalid as error:
+            raise Invalid(f"{storage.name}: {error}") from None
+    if settled.preallocation in ("falloc", "full"):
+        _reserve(storage)
+    if settled.preallocation == "full":
+        _fill_holes(storage)
+
+
+def _reserve(storage: FileStorage) -> None:
+    size_bytes = storage.size()
+    if size_bytes:
+        try:
+            os.posix_fallocate(storage.fileno(), 0, size_bytes)
+        except OSError as error:
+            raise from_os_error(storage.name, "preallocate", 0, error) from error
+
+
+def _fill_holes(storage: FileStorage) -> None:
+    """Write zeros where nothing has been written: reserved space counts as a hole here."""
+    zeros = bytes(MIB)
+    size_bytes = storage.size()
+    for extent in list(storage.extents(0, size_bytes)):
+        if extent.zero:
+            for at in range(extent.start, extent.end, MIB):
+                storage.writev(at, (zeros[: extent.end - at],), "create.fill")

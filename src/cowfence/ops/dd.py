@@ -1,0 +1,126 @@
+"""Copy a range of one disk into a new image, raw or qcow2; zeros stay holes.
+
+The target is made under a temporary name and appears whole when all is copied and durable; a block device is written in place.
+Any error, of the source too, fails the whole copy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from cowfence.chain import open_chain
+from cowfence.disk.base import Disk
+from cowfence.disk.opener import Refs, printable
+from cowfence.disk.raw import RawDisk
+from cowfence.errors import Invalid, NoSpace, Unsupported
+from cowfence.ops.create import CreateOptions, settle, write_empty
+from cowfence.qcow2.describe import JsonValue
+from cowfence.qcow2.image import Options, open_image
+from cowfence.storage.publish import NewFile
+from cowfence.units import KIB, MIB
+
+MAX_BLOCK_BYTES: Final = (1 << 31) - 1
+_PIECE_BYTES: Final = MIB
+_ZERO_BYTES: Final = 4 * KIB
+"""Zeros are looked for in units of this."""
+_ZEROS: Final = bytes(_PIECE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What was copied: the size of the new disk, and how many of its bytes were written (the rest are holes)."""
+
+    source: str
+    target: str
+    size_bytes: int
+    written_bytes: int
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        return {"source": self.source, "target": self.target, "size": self.size_bytes, "written": self.written_bytes}
+
+
+def dd(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str = "qcow2",
+    target_format: str = "raw",
+    block_bytes: int = 512,
+    count: int | None = None,
+    skip: int = 0,
+    refs: Refs | None = None,
+    force_share: bool = False,
+    assume_backing_format: str | None = None,
+) -> Copied:
+    """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``source`` into a new image at ``target``.
+
+    Raises Invalid (the numbers, or ``skip`` past the end), NoSpace, and as ``chain.open_chain`` and ``storage.publish`` do.
+    """
+    if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
+        raise Invalid(f"a block size of {block_bytes} bytes; must be between 1 and {MAX_BLOCK_BYTES}")
+    if skip < 0 or (count is not None and count < 0):
+        raise Invalid("the numbers of blocks to skip and to copy must not be negative")
+    disk = open_chain(source, format=format, refs=refs, force_share=force_share, assume_backing_format=assume_backing_format)
+    try:
+        start = skip * block_bytes
+        if start > disk.size:
+            raise Invalid(f"{printable(os.fspath(source))}: cannot skip {start} bytes, the disk has {disk.size}")
+        length_bytes = disk.size - start if count is None else min(disk.size - start, count * block_bytes)
+        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format)
+        return Copied(os.fspath(source), os.fspath(target), length_bytes, written_bytes)
+    finally:
+        disk.close()
+
+
+def _copy_into_new(disk: Disk, start: int, length_bytes: int, path: str | os.PathLike[str], target_format: str) -> int:
+    with NewFile(path) as new:
+        if target_format == "raw":
+            if not new.in_place:
+                new.storage.truncate(length_bytes, "create.size")
+            elif new.storage.size() < length_bytes:
+                raise NoSpace(f"{new.path}: the device has {new.storage.size()} bytes, {length_bytes} are needed")
+            target: Disk = RawDisk(new.storage)
+        else:
+            if new.in_place:
+                raise Unsupported(new.path, "a qcow2 image on a block device as the target of dd")
+            write_empty(new.storage, settle(path, CreateOptions(target_format, length_bytes)))
+            target = open_image(new.storage, backing=None, writable=True, options=Options(commit_interval=None))
+        written_bytes = _copy(disk, start, length_bytes, target, zero_first=new.in_place)
+        target.close()
+        new.publish()
+        return written_bytes
+
+
+def _copy(disk: Disk, start: int, length_bytes: int, target: Disk, *, zero_first: bool) -> int:
+    """Copy into a target that reads as zeros, or is made so first. Returns the bytes written."""
+    written_bytes = 0
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    if zero_first:
+        target.zero(0, length_bytes)
+    for extent in disk.extents(start, length_bytes):
+        if extent.zero:
+            continue
+        for at in range(extent.start, extent.end, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, extent.end - at)]
+            disk.read_into(at, piece)
+            for first, last in _data_runs(piece):
+                target.write(at - start + first, piece[first:last])
+                written_bytes += last - first
+    return written_bytes
+
+
+def _data_runs(piece: memoryview) -> list[tuple[int, int]]:
+    """The parts of ``piece`` that are not all zeros, as (start, end), in units of 4 KiB."""
+    if piece == _ZEROS[: len(piece)]:
+        return []
+    runs: list[tuple[int, int]] = []
+    for at in range(0, len(piece), _ZERO_BYTES):
+        unit = piece[at : at + _ZERO_BYTES]
+        if unit != _ZEROS[: len(unit)]:
+            if runs and runs[-1][1] == at:
+                runs[-1] = (runs[-1][0], at + len(unit))
+            else:
+                runs.append((at, at + len(unit)))
+    return runs
