@@ -269,4 +269,4 @@ class Allocator:
         self._refcounts.table = table
         self._add_self_counting(old_length, blocks, blocks + clusters)
         self._pending.patch_header(*refcount_table_patch(HostOffset(table_offset), clusters), "header.link")
-        self._pending.free(old.offset >> geometry.cluster_bits, old_length // geometry.table_entries_per_cluster)
+        self._pending.free(old.offset >> geometry.cluster_bits, old_length // geometry.table_entries_per_cluster, table=True)

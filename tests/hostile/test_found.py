@@ -1,0 +1,52 @@
+"""What the mutations found in this engine, each as a small case of its own."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from cowfence.crash.explore import tagged
+from cowfence.qcow2.image import Qcow2Disk, open_image
+from cowfence.storage.memory import MemoryStorage
+from crash.scenarios import CLUSTER, OPTIONS, image, written
+from hostile.corpus import COMPRESSED, Tables, tables_of
+
+
+def opened(content: bytes) -> tuple[MemoryStorage, Qcow2Disk]:
+    storage = MemoryStorage(content, "image")
+    return storage, open_image(storage, backing=None, writable=True, options=OPTIONS)
+
+
+def with_word(content: bytes, at: int, word: int) -> bytes:
+    return content[:at] + struct.pack(">Q", word) + content[at + 8 :]
+
+
+def first(tables: Tables, kind: str) -> int:
+    return next(tables.of(kind))[0]
+
+
+@pytest.mark.parametrize("kind", ["header", "refcount table", "refcount block", "L1 table", "L2 table"])
+@pytest.mark.parametrize("how", ["discard plain", "discard compressed", "write compressed"])
+def test_table_that_an_entry_leads_to_is_not_freed(kind: str, how: str) -> None:
+    """The entry's reference was taken from the table: its count fell to 0, it was punched, and given to the next write."""
+    content = written(image(), (0, 4 * CLUSTER))
+    tables = tables_of(content)
+    target, l2 = first(tables, kind), first(tables, "L2 table")
+    if how == "discard plain" and kind == "header":
+        pytest.skip("offset 0 is no data cluster")
+    entry = target if how == "discard plain" else COMPRESSED | target
+    storage, disk = opened(with_word(content, l2, entry))
+    if how.startswith("discard"):
+        disk.discard(0, CLUSTER)
+    else:
+        disk.write(0, tagged(0, CLUSTER, 1))
+    disk.flush()
+    for cluster in range(10, 20):
+        disk.write(cluster * CLUSTER, tagged(cluster * CLUSTER, CLUSTER, 2))
+    disk.close()
+    after = storage.snapshot()
+    assert tables_of(after).clusters().items() >= tables.clusters().items()
+    storage, disk = opened(after)
+    assert disk.read(CLUSTER, 3 * CLUSTER) == tagged(CLUSTER, 3 * CLUSTER, 90)
+    assert disk.read(10 * CLUSTER, 10 * CLUSTER) == tagged(10 * CLUSTER, 10 * CLUSTER, 2)
