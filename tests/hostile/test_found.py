@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 
 from cowfence.crash.explore import tagged
+from cowfence.errors import Corrupt
 from cowfence.qcow2.image import Qcow2Disk, open_image
 from cowfence.storage.memory import MemoryStorage
+from cowfence.units import MIB
 from crash.scenarios import CLUSTER, OPTIONS, image, written
 from hostile.corpus import COMPRESSED, Tables, tables_of
 
@@ -50,3 +53,20 @@ def test_table_that_an_entry_leads_to_is_not_freed(kind: str, how: str) -> None:
     storage, disk = opened(after)
     assert disk.read(CLUSTER, 3 * CLUSTER) == tagged(CLUSTER, 3 * CLUSTER, 90)
     assert disk.read(10 * CLUSTER, 10 * CLUSTER) == tagged(10 * CLUSTER, 10 * CLUSTER, 2)
+
+
+def test_snapshot_tables_past_the_end_cost_no_memory() -> None:
+    """2,000 snapshots with L1 tables of 32 MiB each, none of them in the file: each cluster of them was listed."""
+    content = image()
+    end = len(content)
+    entries = b"".join(
+        struct.pack(">QIHHIIQII", (1 << 40) + index * (32 << 20), 1 << 22, 0, 0, 0, 0, 0, 0, 0) for index in range(2000)
+    )
+    content = content[:60] + struct.pack(">IQ", 2000, end) + content[72:] + entries
+    tracemalloc.start()
+    try:
+        with pytest.raises(Corrupt, match=r"snapshot's L1 table at offset 0x10000000000: it reaches past the end of the file"):
+            opened(content)
+        assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+    finally:
+        tracemalloc.stop()
