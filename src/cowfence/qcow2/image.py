@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -332,7 +332,7 @@ class Qcow2Disk:
                                     hits += 1
                                     continue
                                 except CowfenceError as error:
-                                    outcomes.append(error)
+                                    outcomes.append(as_outcome(error))
                                     continue
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
@@ -368,7 +368,7 @@ class Qcow2Disk:
                 except (Cold, NeedsCommit, NoSpace, WouldBlock):
                     pass
                 except CowfenceError as error:
-                    outcomes[index] = error
+                    outcomes[index] = as_outcome(error)
                     continue
             rest.append(index)
         return rest
@@ -407,7 +407,7 @@ class Qcow2Disk:
         except WouldBlock:
             return BLOCKED
         except CowfenceError as error:
-            return error
+            return as_outcome(error)
 
     def _one_piece(self, request: Request) -> bool:
         """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
@@ -524,7 +524,7 @@ class Qcow2Disk:
 
     def _check(self) -> None:
         if self._unready is not None:
-            raise self._unready
+            raise self._unready.with_traceback(None)
 
     def _check_range(self, offset: int, length_bytes: int) -> None:
         self._check()
@@ -536,7 +536,7 @@ class Qcow2Disk:
         if not self._writable:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
-            raise self._committer.broken
+            raise self._committer.broken.with_traceback(None)
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()
