@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cowfence.disk.base import Disk
+from cowfence.errors import Corrupt
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
 from cowfence.qcow2.extensions import Autoclear
@@ -105,29 +106,45 @@ def _load(storage: Storage, kind: Kind, offset: int, length_bytes: int) -> Table
 
 
 def claim_all(state: State) -> None:
-    """List every cluster of metadata. Raises Corrupt where two structures share one."""
-    header, geometry, layout = state.header, state.geometry, state.layout
-    layout.claim_new(0, 1, Kind.HEADER)
-    layout.claim_new(header.refcount_table_offset, header.refcount_table_clusters, Kind.REFCOUNT_TABLE)
+    """List every cluster of metadata. Raises Corrupt where two structures share one, or one reaches past the file's end."""
+    header, geometry = state.header, state.geometry
+    claim = _Claims(state)
+    claim(0, 1, Kind.HEADER)
+    claim(header.refcount_table_offset, header.refcount_table_clusters, Kind.REFCOUNT_TABLE)
     if header.l1_entries:
-        layout.claim_new(header.l1_offset, geometry.clusters_for(header.l1_entries * 8), Kind.L1)
+        claim(header.l1_offset, geometry.clusters_for(header.l1_entries * 8), Kind.L1)
     for index, entry in enumerate(state.refcounts.table.entries):
         if entry:
             offset = state.refcounts.block_offset(index)
             assert offset is not None
-            layout.claim_new(offset, 1, Kind.REFCOUNT_BLOCK)
+            claim(offset, 1, Kind.REFCOUNT_BLOCK)
     for index, entry in enumerate(state.l1.entries):
         if entry:
             l2_offset = state.l2_offset(index)
             if l2_offset is not None:
-                layout.claim_new(l2_offset, 1, Kind.L2)
+                claim(l2_offset, 1, Kind.L2)
     if header.snapshot_count:
         snapshots = read_snapshots(state.storage, header)
         length_bytes = sum(40 + len(s.extra) + len(os.fsencode(s.id)) + len(os.fsencode(s.name)) + 7 & ~7 for s in snapshots)
-        layout.claim_new(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
+        claim(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
         for snapshot in snapshots:
             if snapshot.l1_entries:
-                layout.claim_new(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
+                claim(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
     bitmaps = header.bitmaps
     if bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
-        layout.claim_new(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)
+        claim(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)
+
+
+class _Claims:
+    """Claims of the layout, held against the file: what it does not have costs no memory, however much is claimed."""
+
+    def __init__(self, state: State) -> None:
+        self._layout = state.layout
+        self._name = state.storage.name
+        self._bits = state.geometry.cluster_bits
+        self._file_clusters = state.geometry.clusters_for(state.storage.size())
+
+    def __call__(self, offset: int, clusters: int, kind: Kind) -> None:
+        if (offset >> self._bits) + clusters > self._file_clusters:
+            raise Corrupt(f"{self._name}: {kind.value} at offset {offset:#x}", "it reaches past the end of the file")
+        self._layout.claim_new(offset, clusters, kind)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -333,7 +333,7 @@ class Qcow2Disk:
                                     hits += 1
                                     continue
                                 except CowfenceError as error:
-                                    outcomes.append(error)
+                                    outcomes.append(as_outcome(error))
                                     continue
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
@@ -369,7 +369,7 @@ class Qcow2Disk:
                 except (Cold, NeedsCommit, NoSpace, WouldBlock):
                     pass
                 except CowfenceError as error:
-                    outcomes[index] = error
+                    outcomes[index] = as_outcome(error)
                     continue
             rest.append(index)
         return rest
@@ -408,7 +408,7 @@ class Qcow2Disk:
         except WouldBlock:
             return BLOCKED
         except CowfenceError as error:
-            return error
+            return as_outcome(error)
 
     def _one_piece(self, request: Request) -> bool:
         """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
@@ -525,7 +525,7 @@ class Qcow2Disk:
 
     def _check(self) -> None:
         if self._unready is not None:
-            raise self._unready
+            raise self._unready.with_traceback(None)
 
     def _check_range(self, offset: int, length_bytes: int) -> None:
         self._check()
@@ -537,7 +537,7 @@ class Qcow2Disk:
         if not self._writable:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
-            raise self._committer.broken
+            raise self._committer.broken.with_traceback(None)
 
 
 def _unfilled(length_bytes: int) -> bytearray | memoryview:

@@ -279,7 +279,8 @@ class Committer:
 
     def _check(self) -> None:
         if self.broken is not None:
-            raise self.broken
+            # Each raise adds to an error's traceback, and with it the buffers of those who called.
+            raise self.broken.with_traceback(None)
 
     def _commit(self, frozen: Frozen) -> None:
         link_begun = False
