@@ -103,12 +103,14 @@ class _Repair:
 
     def run(self, found: Survey) -> RepairReport:
         before = found.report
-        rebuilt = False
+        changed = rebuilt = False
         if self._mode is Mode.ALL and not before.refcounts_sound:
             # First, because a count that is right now says that the cluster is shared.
-            self._fix_flags(found, _without_shared_flags)
+            changed = self._fix_flags(found, _without_shared_flags)
             rebuilt = self._rebuild(found)
-        if rebuilt or (before.leaks and self._reclaim(found)):
+        if not rebuilt and before.leaks:
+            changed |= self._reclaim(found)
+        if rebuilt or changed:
             found = survey(self._storage)
         # QEMU's rule for leaks too: flags follow the counts, so they are set right once the counts are.
         may_fix_flags = self._mode is Mode.ALL or (found.report.refcounts_sound and not found.report.leaks)
