@@ -65,8 +65,8 @@ def check(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
             _shuffle(image)
         theirs, ours = in_turn(
             pairs,
-            lambda image=image: command_seconds(["qemu-img", "check", str(image)]),  # type: ignore[misc]
-            lambda image=image: command_seconds([*_COWFENCE, "check", str(image)]),  # type: ignore[misc]
+            lambda image=image: command_seconds(["qemu-img", "check", str(image)], warmup=1),  # type: ignore[misc]
+            lambda image=image: command_seconds([*_COWFENCE, "check", str(image)], warmup=1),  # type: ignore[misc]
         )
         yield Row("P5", "check, 1 TiB, preallocation=metadata", peer, theirs, ours, "s", target, "low", note)
         image.unlink()
