@@ -82,7 +82,7 @@ class Qcow2Disk:
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
-        self._reads = Reads(state, self._end_ticket)
+        self._reads = Reads(state, self._check, self._end_ticket)
         self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
         self._zeroes = Zeroes(state, self._writes)
@@ -100,7 +100,8 @@ class Qcow2Disk:
         self._l2_mask = geometry.l2_entries - 1
         self._not_plain = ~(COPIED | OFFSET_MASK & ~geometry.cluster_mask)
         self._unready: CowfenceError | None = None
-        """Why calls are refused: closed, or in a forked child. Checked by every call."""
+        """Why calls are refused: closed, or in a forked child. Checked by every call, and by each again once it holds the lock:
+        what goes on after ``close`` has taken its turn there would be acknowledged and never committed."""
         self._features_settled = not writable or header.version < 3 or not header.autoclear
         self._interval: IntervalCommit | None = None
         if writable:
@@ -165,6 +166,8 @@ class Qcow2Disk:
         within = offset & self._within_mask
         if 0 < length_bytes <= self._cluster_bytes - within and 0 <= offset <= self._size - length_bytes:
             with self._lock:
+                if self._unready is not None:
+                    raise self._unready
                 table = self._tables.get(offset >> self._l1_shift)
                 if table is not None:
                     entry = table.entries[offset >> self._bits & self._l2_mask]
@@ -269,6 +272,7 @@ class Qcow2Disk:
             return
         state = self._state
         with state.lock:
+            self._check()
             if self._features_settled:
                 return
             header = state.header
@@ -297,6 +301,8 @@ class Qcow2Disk:
         later: list[int] = []
         hits = 0
         with state.lock:
+            if self._unready is not None:
+                return [self._unready] * len(requests)
             for verb, offset, length_bytes, data, fua, _ in requests:
                 if verb is read:
                     within = offset & within_mask
@@ -419,6 +425,7 @@ class Qcow2Disk:
         if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
             return False
         with self._lock:
+            self._check()
             try:
                 if verb is Verb.ZERO:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)

@@ -23,18 +23,24 @@ class IntervalCommit:
         self._seconds = seconds
         self._wake = threading.Event()
         self._stopped = threading.Event()
+        self._guard = threading.Lock()
+        """Held while the thread is started or stopped."""
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Something is pending: commit it at the end of the interval."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
-            self._thread.start()
+            with self._guard:
+                if self._thread is None and not self._stopped.is_set():
+                    thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
+                    thread.start()
+                    self._thread = thread
         if not self._wake.is_set():
             self._wake.set()
 
     def stop(self) -> None:
-        self._stopped.set()
+        with self._guard:
+            self._stopped.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()

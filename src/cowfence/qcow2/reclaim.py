@@ -85,6 +85,7 @@ class ClusterReclaimer:
                 for block, sectors in blocks.values()
                 for sector in sectors
             ]
+            state.allocator.hold(emptied)
             self._quarantine.append((state.tickets.now(), emptied, punch))
         try:
             write_changes(state.storage, state.layout, changes)
