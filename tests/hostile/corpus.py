@@ -117,7 +117,7 @@ class Tables(NamedTuple):
         """The kind of each cluster of metadata."""
         found: dict[int, str] = {}
         for kind, offset, length_bytes in self.places:
-            for cluster in range(offset // self.cluster_bytes, (offset + max(length_bytes, 1) - 1) // self.cluster_bytes + 1):
+            for cluster in range(offset // self.cluster_bytes, (offset + length_bytes - 1) // self.cluster_bytes + 1):
                 found.setdefault(cluster, kind)
         return found
 
