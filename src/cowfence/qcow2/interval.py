@@ -19,23 +19,31 @@ class IntervalCommit:
     """Commits what an idle guest left pending, a while after the first change. One thread, started when it is first needed."""
 
     def __init__(self, disk: Committing, seconds: float) -> None:
-        self._disk = weakref.ref(disk)
+        self._disk = weakref.ref(disk, lambda _: self._let_go())
         self._seconds = seconds
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Something is pending: commit it at the end of the interval."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
-            self._thread.start()
+            with self._starting:
+                if self._thread is None:
+                    thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
+                    thread.start()
+                    self._thread = thread
         if not self._wake.is_set():
             self._wake.set()
 
-    def stop(self) -> None:
+    def _let_go(self) -> None:
+        """The disk is gone, closed or not: the thread ends."""
         self._stopped.set()
         self._wake.set()
+
+    def stop(self) -> None:
+        self._let_go()
         if self._thread is not None:
             self._thread.join()
 
