@@ -63,6 +63,8 @@ class Allocator:
         self._returned: list[int] = []
         """Free clusters that came back; used first, so that the file does not grow while old space lies idle."""
         self._to_scan: deque[int] = deque(i for i, entry in enumerate(refcounts.table.entries) if entry)
+        self.withheld: set[int] = set()
+        """Clusters whose count is 0 and that are not free yet: a read that was planned earlier may hold them (R4)."""
         self.free = 0
         """Clusters at hand: found or come back."""
         self._block_pending = False
@@ -142,7 +144,8 @@ class Allocator:
             self.free += run.clusters
 
     def release(self, clusters: list[int]) -> None:
-        """Clusters whose count fell to 0, whose unlink is durable, and which no planned read holds."""
+        """Clusters whose count fell to 0, whose unlink is durable, and which no planned read holds: withheld until now."""
+        self.withheld.difference_update(clusters)
         if self._to_scan:
             # A block that is still to be scanned will show them then.
             waiting = set(self._to_scan)
@@ -161,13 +164,22 @@ class Allocator:
         base = index * self._geometry.refcounts_per_block
         limit = 1 << MAX_HOST_BITS - self._geometry.cluster_bits
         for first, count in block.free_runs():
-            start, end = base + first, min(base + first + count, limit)
-            if start >= end:
-                continue
-            self.free += end - start
-            if self._runs and self._runs[-1][1] == start:
-                start = self._runs.pop()[0]
-            self._runs.append((start, end))
+            self._found(base + first, min(base + first + count, limit))
+
+    def _found(self, start: int, end: int) -> None:
+        """A run of clusters whose count is 0: free, but for those that are withheld."""
+        for cluster in sorted(cluster for cluster in self.withheld if start <= cluster < end):
+            self._add(start, cluster)
+            start = cluster + 1
+        self._add(start, end)
+
+    def _add(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        self.free += end - start
+        if self._runs and self._runs[-1][1] == start:
+            start = self._runs.pop()[0]
+        self._runs.append((start, end))
 
     def look_ahead(self, *, wait: bool) -> None:
         """Add the block for the next range to the pending transaction if little is left of the ranges covered."""

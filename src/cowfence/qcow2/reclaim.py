@@ -86,6 +86,7 @@ class ClusterReclaimer:
                 for sector in sectors
             ]
             self._quarantine.append((state.tickets.now(), emptied, punch))
+            state.allocator.withheld.update(emptied)
         try:
             write_changes(state.storage, state.layout, changes)
             written = True
