@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -664,6 +665,32 @@ def test_space_freed_in_the_call_that_needs_it_is_handed_out_once() -> None:
     assert again.read(70 * CLUSTER, 3 * CLUSTER) == tagged(70 * CLUSTER, 3 * CLUSTER, 1)
     assert again.read(0, 4 * CLUSTER) == tagged(0, 4 * CLUSTER, 2)
     again.close()
+
+
+def test_nothing_reaches_the_host_after_a_failed_fence() -> None:
+    """Not even space that a read gives free when it ends."""
+    content = written(image(), (0, 4 * CLUSTER))
+    plan = FaultPlan(kinds={Kind.FENCE}, error=errno.EIO)
+    gate = Gate(FaultyStorage(MemoryStorage(content, "image"), plan))
+    l1 = struct.unpack_from(">Q", content, 40)[0]
+    l2 = struct.unpack_from(">Q", content, l1)[0] & (1 << 56) - 512
+    host = struct.unpack_from(">Q", content, l2)[0] & (1 << 56) - 512
+    gate.range = range(host, host + CLUSTER)
+    disk = opened(gate)
+    reader = threading.Thread(target=lambda: disk.read(0, CLUSTER))
+    reader.start()
+    assert gate.reached.wait(WAIT_SECONDS)
+    disk.discard(0, CLUSTER)
+    disk.flush()
+    disk.write(20 * CLUSTER, b"new" * 100)
+    plan.nth = plan.matched + 1
+    with pytest.raises(CowfenceError, match="fence"):
+        disk.flush()
+    changes = {kind: count for kind, count in plan.calls.items() if kind is not Kind.READ}
+    gate.opened.set()
+    reader.join(WAIT_SECONDS)
+    disk.close()
+    assert {kind: count for kind, count in plan.calls.items() if kind is not Kind.READ} == changes
 
 
 def test_calls_meet_a_close() -> None:
