@@ -19,7 +19,7 @@ class IntervalCommit:
     """Commits what an idle guest left pending, a while after the first change. One thread, started when it is first needed."""
 
     def __init__(self, disk: Committing, seconds: float) -> None:
-        self._disk = weakref.ref(disk)
+        self._disk = weakref.ref(disk, lambda _: self._let_go())
         self._seconds = seconds
         self._wake = threading.Event()
         self._stopped = threading.Event()
@@ -37,6 +37,11 @@ class IntervalCommit:
                     self._thread = thread
         if not self._wake.is_set():
             self._wake.set()
+
+    def _let_go(self) -> None:
+        """The disk is gone without being closed: the thread ends. Called by the collector, so it takes no lock."""
+        self._stopped.set()
+        self._wake.set()
 
     def stop(self) -> None:
         with self._guard:

@@ -121,6 +121,9 @@ class ClusterReclaimer:
         state = self.state
         while True:
             with state.lock:
+                if state.committer.broken is not None:
+                    # After a failed fence nothing more reaches the host, and nothing is allocated either.
+                    return
                 if not self._quarantine or not state.tickets.all_ended_before(self._quarantine[0][0]):
                     return
                 _, emptied, punch = self._quarantine.popleft()
