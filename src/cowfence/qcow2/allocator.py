@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections import deque
 from typing import NamedTuple
 
-from cowfence.errors import NoSpace
+from cowfence.errors import Corrupt, NoSpace
 from cowfence.qcow2.geometry import MAX_HOST_BITS, MAX_REFCOUNT_TABLE_BYTES, Geometry, HostOffset
 from cowfence.qcow2.header import refcount_table_patch
 from cowfence.qcow2.layout import Layout
@@ -70,6 +70,13 @@ class Allocator:
         """Clusters at hand: found or come back."""
         self._block_pending = False
         self._lookahead = min(_LOOKAHEAD_CLUSTERS, geometry.refcounts_per_block // 4)
+
+    def check_handed_out(self, cluster: int) -> None:
+        """Raise Corrupt for a cluster past the end of the file that was never handed out: no image leads there by right, and
+        to write there would make the file as long as a hostile entry says, too long for any check."""
+        if cluster >= self._never_used:
+            offset = cluster << self._geometry.cluster_bits
+            raise Corrupt(f"{self._name}: data cluster at offset {offset:#x}", "it lies past the end of the file")
 
     def reserve(self, count: int, *, wait: bool) -> list[Run]:
         """``count`` clusters in as few runs as can be, their refcount blocks loaded; they belong to the caller.
