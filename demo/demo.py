@@ -24,12 +24,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cowfence.ops.check import RepairMode, check
-
 import cowfence
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import CowfenceError
 from cowfence.nbd.client import NbdDisk
+from cowfence.ops.check import Mode, check
 from cowfence.ops.info import info
 from cowfence.units import MIB, align_up, format_size
 
@@ -123,7 +122,7 @@ def make_base(work: Path, screen: Screen) -> Path:
             offset += len(piece)
     raw.unlink()
     shutil.rmtree(tree)
-    screen.fact("made from", f"{len(files)} files, {format_size(sum(1 for _ in files) and size)} {what}")
+    screen.fact("made from", f"{len(files)} files, {format_size(size)} {what}")
     return base
 
 
@@ -148,7 +147,7 @@ class Server:
 def write_until_killed(client: NbdDisk, ledger: Ledger, rng: random.Random, stop: threading.Event) -> None:
     """Batches of random 4 KiB writes, a flush now and then, until the connection breaks."""
     blocks = client.size // BLOCK
-    hot = [rng.randrange(blocks) for _ in range(4000)]
+    hot = [rng.randrange(blocks) for _ in range(30_000)]
     try:
         while not stop.is_set():
             for _ in range(BATCHES_PER_FLUSH):
@@ -222,7 +221,7 @@ def main() -> int:
     described = info(base_path)
     base_format = "qcow2" if described.format == "qcow2" else "raw"
     before = base_path.stat()
-    screen.fact("base", f"{base_path.name}, {base_format}, {format_size(described.virtual_size)}")
+    screen.fact("base", f"{base_path.name}, {base_format}, {format_size(described.virtual_bytes)}")
 
     screen.step("An overlay over it, served over NBD")
     overlay_path = work / "overlay.qcow2"
@@ -248,8 +247,8 @@ def main() -> int:
 
     screen.step("Open it again")
     found = check(overlay_path)
-    screen.fact("check: errors", str(found.corruptions), "good" if not found.corruptions else "bad")
-    screen.fact("check: leaked clusters", f"{found.leaks} (harmless: space, never data)", "good")
+    screen.fact("check: errors", str(found.report.corruptions), "good" if not found.report.corruptions else "bad")
+    screen.fact("check: leaked clusters", f"{found.report.leaks} (harmless: space, never data)", "good")
     with (
         cowfence.open(overlay_path, refs=refs) as overlay,
         cowfence.open(base_path, format=base_format, refs=refs) as base,
@@ -266,14 +265,15 @@ def main() -> int:
     screen.fact("base image untouched", "yes" if same else "NO", "good" if same else "bad")
 
     screen.step("Reclaim the leaks")
-    repaired = check(overlay_path, repair=RepairMode.LEAKS)
-    screen.fact("leaks reclaimed", f"{repaired.leaks_fixed}; left: {repaired.leaks}", "good" if not repaired.leaks else "bad")
+    repaired = check(overlay_path, repair=Mode.LEAKS)
+    left = repaired.report.leaks
+    screen.fact("leaks reclaimed", f"{repaired.leaks_fixed}; left: {left}", "good" if not left else "bad")
 
     screen.step("Try it yourself")
     screen.note(f"cowfence serve {overlay_path} --socket /tmp/demo.sock --ref-root {base_path.parent}")
     screen.note("nbdcopy 'nbd+unix:///?socket=/tmp/demo.sock' disk.raw        # or: qemu-img convert, nbdinfo, fio")
     screen.note(f"qemu-system-x86_64 -drive file={overlay_path},format=qcow2")
-    good = not (lost_bytes or verdict.untouched_wrong or found.corruptions or repaired.leaks) and same
+    good = not (lost_bytes or verdict.untouched_wrong or found.report.corruptions or repaired.report.leaks) and same
     screen.title(f"{'0 bytes lost' if good else 'SOMETHING IS WRONG'}   (seed {seed})")
     return 0 if good else 1
 

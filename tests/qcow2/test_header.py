@@ -158,7 +158,6 @@ u32, u64 = struct.Struct(">I").pack, struct.Struct(">Q").pack
         (20, u32(22), "cluster_bits"),
         (20, u32(0xFFFFFFFF), "cluster_bits"),
         (24, u64(1 << 63), "l1_size"),
-        (24, u64((1 << 30) + 1), "l1_size"),
         (36, u32(0xFFFFFFFF), "l1_size"),
         (36, u32(32 * 1024 * 1024 // 8 + 1), "l1_size"),
         (40, u64(0x30200), "l1_table_offset"),

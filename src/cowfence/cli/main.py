@@ -112,7 +112,7 @@ def _run(words: list[str]) -> int:
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """``--output``, which every subcommand has."""
+    """``--output``, for every subcommand that has a result to print."""
     parser.add_argument("--output", choices=("human", "json"), default="human", help="form of the result (default: human)")
 
 
@@ -155,7 +155,7 @@ def size_bytes(text: str) -> int:
 
 
 def print_json(value: object) -> None:
-    """As ``qemu-img`` prints JSON: four spaces, ASCII only, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
+    """As ``qemu-img`` prints JSON: four spaces, ASCII, an empty list on two lines. Bytes that are no UTF-8 become U+FFFD."""
     import json
     import re
 

@@ -48,6 +48,12 @@ Outcome: TypeAlias = Buffer | CowfenceError | Blocked | None
 """READ: its bytes. Others: None when done. Either: the error, or BLOCKED."""
 
 
+def as_outcome(error: CowfenceError) -> CowfenceError:
+    """``error`` as a value: without tracebacks, which would keep the buffers of each call that failed until it is answered."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
 class Disk(Protocol):
     """A guest's disk: bytes from 0 to ``size``. Thread-safe. All offsets and lengths in bytes.
 

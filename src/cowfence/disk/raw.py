@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
+from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -150,7 +150,7 @@ class RawDisk:
             except WouldBlock:
                 add(BLOCKED)
             except CowfenceError as error:
-                add(error)
+                add(as_outcome(error))
         return outcomes
 
     def _submit_slow(self, request: Request, wait: bool) -> Outcome:

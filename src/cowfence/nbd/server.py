@@ -27,32 +27,30 @@ import errno
 import logging
 import math
 import os
-import queue
 import select
 import socket
 import stat
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
-from cowfence.disk.base import Disk, Outcome, Request, Verb
+from cowfence.disk.base import Disk, Verb
 from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
+from cowfence.nbd.connection import Connection
 from cowfence.nbd.handshake import ExportInfo, ServerHandshake
-from cowfence.nbd.messages import Command, ProtocolError
+from cowfence.nbd.messages import ProtocolError
 from cowfence.nbd.transmission import (
     Batch,
     Query,
-    QueryResult,
     Reply,
     ServerTransmission,
-    block_descriptors,
     export_flags,
 )
 from cowfence.nbd.uri import NbdUri
+from cowfence.nbd.workers import Bell, Job, Workers, is_fence, submit
 from cowfence.units import KIB, MIB
 
 _log = logging.getLogger(__name__)
@@ -61,9 +59,6 @@ _IOV_MAX: Final = 1024
 _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 _ROUNDS: Final = 4
 _BACKLOG: Final = 128
-_CACHE_STEP_BYTES: Final = MIB
-_QUICK_SECONDS: Final = 0.00025
-_QUICK_ROW: Final = 16
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
@@ -124,86 +119,6 @@ class _ExportTable(Mapping[str, ExportInfo]):
         return len(self._exports)
 
 
-@dataclass(eq=False, slots=True)
-class _Pace:
-    """How quick fences have been lately, as one client has met them: ``quick_row`` in a row stayed below the limit."""
-
-    quick_row: int = 0
-
-    @property
-    def quick(self) -> bool:
-        return self.quick_row >= _QUICK_ROW
-
-    def note(self, seconds: float) -> None:
-        self.quick_row = self.quick_row + 1 if seconds < _QUICK_SECONDS else 0
-
-
-class _Job(NamedTuple):
-    """Work for the pool: requests of the disk, which are done together, or a query."""
-
-    connection: _Connection
-    disk: Disk
-    work: Batch | Query
-    requests: int
-    cost_bytes: int
-
-
-class _Done(NamedTuple):
-    """A finished job: the outcomes of a batch, or the result of a query; and how long it took."""
-
-    job: _Job
-    outcomes: list[Outcome]
-    result: QueryResult
-    seconds: float
-
-
-class _Bell:
-    """Wakes the loop from other threads and from signal handlers.
-
-    Its descriptor lives as long as the object: closed earlier, a late ring could write into whatever took its number.
-    """
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._rung = False
-
-    def ring(self) -> None:
-        if self._rung:
-            return
-        self._rung = True
-        with suppress(BlockingIOError):  # a full counter rings already
-            os.eventfd_write(self.fd, 1)
-
-    def silence(self) -> None:
-        """To be called before looking for what was rung for: what comes after the look then rings anew."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
-        self._rung = False
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
-@dataclass(eq=False, slots=True)
-class _Connection:
-    """One client. ``transmission`` and ``disk`` are there once the handshake is over."""
-
-    sock: socket.socket
-    fd: int
-    handshake: ServerHandshake
-    deadline: float
-    transmission: ServerTransmission | None = None
-    disk: Disk | None = None
-    pace: _Pace = field(default_factory=_Pace)
-    unsent: deque[Reply] = field(default_factory=deque)
-    unsent_bytes: int = 0
-    jobs: int = 0
-    jobs_bytes: int = 0
-    interest: int = select.EPOLLIN
-    leaving: bool = False
-    closed: bool = False
-
-
 class Server:
     """Serves exports over NBD. Listen first, then call ``serve_forever`` in the thread that is to do the work.
 
@@ -215,16 +130,16 @@ class Server:
         self._limits = limits or Limits()
         self._table = _ExportTable(exports)
         self._epoll = select.epoll()
-        self._bell = _Bell()
+        self._bell = Bell()
         self._epoll.register(self._bell.fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
         self._listeners: list[socket.socket] = []
         self._accepting = False
         self._unix_paths: list[tuple[str, int]] = []
         self._addresses: list[NbdUri] = []
-        self._connections: dict[int, _Connection] = {}
-        self._negotiating: deque[_Connection] = deque()
-        self._workers = _Workers(self._limits.workers, self._bell)
+        self._connections: dict[int, Connection] = {}
+        self._negotiating: deque[Connection] = deque()
+        self._workers = Workers(self._limits.workers, self._bell)
         self._stop_wanted = False
         self._stop_deadline: float | None = None
         self._closed = False
@@ -424,17 +339,17 @@ class Server:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             handshake = ServerHandshake(self._table)
             deadline = time.monotonic() + self._limits.handshake_seconds
-            connection = _Connection(sock, sock.fileno(), handshake, deadline)
+            connection = Connection(sock, sock.fileno(), handshake, deadline)
             self._connections[connection.fd] = connection
             self._negotiating.append(connection)
             self._epoll.register(connection.fd, connection.interest)
             self._handlers[connection.fd] = self._handler(connection)
             self._send(connection, [handshake.receive()])
 
-    def _handler(self, connection: _Connection) -> Callable[[int], None]:
+    def _handler(self, connection: Connection) -> Callable[[int], None]:
         return lambda events: self._on_ready(connection, events)
 
-    def _drop(self, connection: _Connection, why: str = "") -> None:
+    def _drop(self, connection: Connection, why: str = "") -> None:
         """Close a connection now. What the pool still does for it is finished and then forgotten."""
         if connection.closed:
             return
@@ -448,7 +363,7 @@ class Server:
         connection.sock.close()
         self._accept(wanted=True)
 
-    def _on_ready(self, connection: _Connection, events: int) -> None:
+    def _on_ready(self, connection: Connection, events: int) -> None:
         if events & select.EPOLLOUT:
             self._send_more(connection)
             if connection.closed:
@@ -465,7 +380,7 @@ class Server:
         if not connection.closed:
             self._settle(connection)
 
-    def _settle(self, connection: _Connection) -> None:
+    def _settle(self, connection: Connection) -> None:
         """Close a connection that has nothing left to do, else wait for what it may do next."""
         transmission, limits = connection.transmission, self._limits
         if connection.closed:
@@ -481,7 +396,7 @@ class Server:
             connection.interest = interest
             self._epoll.modify(connection.fd, interest)
 
-    def _has_room(self, connection: _Connection) -> bool:
+    def _has_room(self, connection: Connection) -> bool:
         limits = self._limits
         return (
             connection.jobs < limits.client_requests
@@ -489,7 +404,7 @@ class Server:
             and not (connection.transmission is not None and connection.transmission.has_complete)
         )
 
-    def _negotiate(self, connection: _Connection) -> None:
+    def _negotiate(self, connection: Connection) -> None:
         handshake = connection.handshake
         try:
             data = connection.sock.recv(_HANDSHAKE_RECEIVE_BYTES)
@@ -524,7 +439,7 @@ class Server:
 
     # --- the hot path ---
 
-    def _receive(self, connection: _Connection, transmission: ServerTransmission) -> None:
+    def _receive(self, connection: Connection, transmission: ServerTransmission) -> None:
         """Take what has arrived, a few times: what came while the last batch was done saves a turn of the loop."""
         recv_into = connection.sock.recv_into
         for _ in range(_ROUNDS):
@@ -543,7 +458,7 @@ class Server:
             if connection.closed or connection.leaving or connection.unsent or connection.jobs or transmission.has_complete:
                 return
 
-    def _serve(self, connection: _Connection, transmission: ServerTransmission) -> None:
+    def _serve(self, connection: Connection, transmission: ServerTransmission) -> None:
         """Do the requests that stand complete in the buffer, as far as the limits allow."""
         limits, disk = self._limits, connection.disk
         assert disk is not None  # set together with the transmission
@@ -559,7 +474,7 @@ class Server:
                 return
             replies = batch.replies
             if batch.requests:
-                outcomes = _submit(disk, batch.requests, wait=False)
+                outcomes = submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
                     if connection.pace.quick and not self._workers.busy:
@@ -575,7 +490,7 @@ class Server:
             if not transmission.has_complete:
                 return
 
-    def _send(self, connection: _Connection, replies: list[Reply]) -> None:
+    def _send(self, connection: Connection, replies: list[Reply]) -> None:
         if connection.unsent or len(replies) > _IOV_MAX:
             connection.unsent.extend(replies)
             connection.unsent_bytes += sum(map(len, replies))
@@ -594,7 +509,7 @@ class Server:
             connection.unsent_bytes = total_bytes
             self._sent(connection, sent)
 
-    def _send_more(self, connection: _Connection) -> None:
+    def _send_more(self, connection: Connection) -> None:
         unsent = connection.unsent
         while unsent:
             some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
@@ -608,7 +523,7 @@ class Server:
             self._sent(connection, sent)
 
     @staticmethod
-    def _sent(connection: _Connection, sent: int) -> None:
+    def _sent(connection: Connection, sent: int) -> None:
         unsent = connection.unsent
         connection.unsent_bytes -= sent
         while unsent and sent >= len(unsent[0]):
@@ -618,25 +533,25 @@ class Server:
 
     # --- the pool ---
 
-    def _wait_here(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> list[int]:
+    def _wait_here(self, connection: Connection, disk: Disk, batch: Batch, blocked: list[int]) -> list[int]:
         """Do the blocked flushes in the loop while they stay quick; returns what is still blocked."""
         assert connection.transmission is not None  # it made the batch
         left = []
         for index in blocked:
             request = batch.requests[index]
-            if not connection.pace.quick or not _fences(request):
+            if not connection.pace.quick or not is_fence(request):
                 left.append(index)
                 continue
             alone = Batch()
             alone.requests.append(request)
             alone.cookies.append(batch.cookies[index])
             began = time.perf_counter()
-            outcomes = _submit(disk, alone.requests, wait=True)
+            outcomes = submit(disk, alone.requests, wait=True)
             connection.pace.note(time.perf_counter() - began)
             connection.transmission.answer_finally(batch.replies, alone, outcomes)
         return left
 
-    def _defer(self, connection: _Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
+    def _defer(self, connection: Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
         """Hand blocked requests to the pool: cold reads a few to a job, for handing over costs more than they do."""
         reads = Batch()
         for index in blocked:
@@ -652,17 +567,17 @@ class Server:
         if reads.requests:
             self._enqueue(connection, disk, reads)
 
-    def _enqueue(self, connection: _Connection, disk: Disk, work: Batch | Query) -> None:
+    def _enqueue(self, connection: Connection, disk: Disk, work: Batch | Query) -> None:
         requests, cost_bytes = 1, 0
         if isinstance(work, Batch):
             requests, cost_bytes = len(work.requests), sum(request.length_bytes for request in work.requests)
         connection.jobs += requests
         connection.jobs_bytes += cost_bytes
-        self._workers.submit(_Job(connection, disk, work, requests, cost_bytes))
+        self._workers.submit(Job(connection, disk, work, requests, cost_bytes))
 
     def _on_bell(self, _events: int) -> None:
         self._bell.silence()
-        ready: dict[int, tuple[_Connection, list[Reply]]] = {}
+        ready: dict[int, tuple[Connection, list[Reply]]] = {}
         for job, outcomes, result, seconds in self._workers.take_done():
             connection, transmission = job.connection, job.connection.transmission
             connection.jobs -= job.requests
@@ -674,95 +589,10 @@ class Server:
                 transmission.answer_query(replies, job.work, result)
             else:
                 transmission.answer_finally(replies, job.work, outcomes)
-                if _fences(job.work.requests[0]):
+                if is_fence(job.work.requests[0]):
                     connection.pace.note(seconds)
         for connection, replies in ready.values():
             self._send(connection, replies)
             if not connection.closed and connection.transmission is not None:
                 self._serve(connection, connection.transmission)
             self._settle(connection)
-
-
-class _Workers:
-    """A pool of threads, started as they are needed, that does jobs and keeps what came of them for the loop."""
-
-    def __init__(self, most: int, bell: _Bell) -> None:
-        self._most = most
-        self._bell = bell
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._done: deque[_Done] = deque()
-        self._threads: list[threading.Thread] = []
-        self._unfinished = 0  # touched by the loop's thread only
-
-    @property
-    def busy(self) -> bool:
-        return self._unfinished > 0
-
-    def submit(self, job: _Job) -> None:
-        self._unfinished += 1
-        if len(self._threads) < min(self._unfinished, self._most):
-            thread = threading.Thread(target=self._work, name=f"nbd-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self._jobs.put(job)
-
-    def take_done(self) -> list[_Done]:
-        done = []
-        while self._done:
-            done.append(self._done.popleft())
-        self._unfinished -= len(done)
-        return done
-
-    def close(self) -> None:
-        """Wait for all jobs and end the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            began = time.perf_counter()
-            outcomes: list[Outcome] = []
-            result: QueryResult = None
-            if isinstance(job.work, Query):
-                result = _query(job.disk, job.work)
-            else:
-                outcomes = _submit(job.disk, job.work.requests, wait=True)
-            self._done.append(_Done(job, outcomes, result, time.perf_counter() - began))
-            self._bell.ring()
-
-
-def _fences(request: Request) -> bool:
-    return request.verb is Verb.FLUSH or (request.verb is Verb.WRITE and request.fua)
-
-
-def _submit(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
-    """``Disk.submit``, whose failure as a whole is the failure of each request."""
-    try:
-        return disk.submit(requests, wait=wait)
-    except CowfenceError as error:
-        return [error] * len(requests)
-    except Exception as error:
-        return [_defect(error)] * len(requests)
-
-
-def _query(disk: Disk, query: Query) -> QueryResult:
-    try:
-        if query.command is Command.BLOCK_STATUS:
-            return block_descriptors(disk.extents(query.offset, query.length_bytes), query)
-        buffer = memoryview(bytearray(min(query.length_bytes, _CACHE_STEP_BYTES)))
-        end = query.offset + query.length_bytes
-        for position in range(query.offset, end, _CACHE_STEP_BYTES):
-            disk.read_into(position, buffer[: end - position])
-    except CowfenceError as error:
-        return error
-    except Exception as error:
-        return _defect(error)
-    return None
-
-
-def _defect(error: Exception) -> CowfenceError:
-    # A defect of ours must cost the request that met it, not the loop, and not a thread of the pool and with it a hung client.
-    _log.error("a request met a defect", exc_info=error)
-    return CowfenceError(f"internal error: {type(error).__name__}")

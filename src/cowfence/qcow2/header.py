@@ -320,6 +320,12 @@ def _validate(header: Header, name: str) -> None:
         _check_offset(name, field, offset, geometry)
     if header.l1_entries * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
         raise _corrupt(name, "l1_size", f"is {header.l1_entries}, the L1 table must not exceed {MAX_L1_BYTES} bytes")
+    needed = geometry.l1_entries_for(header.size_bytes)
+    if needed * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
+        # A shorter table is not refused: what it does not reach is a hole. But no table that is allowed would hold this disk.
+        raise _corrupt(
+            name, "l1_size", f"a disk of {header.size_bytes} bytes needs {needed} entries, more than {MAX_L1_BYTES} bytes"
+        )
     if header.refcount_table_clusters * geometry.cluster_bytes > MAX_REFCOUNT_TABLE_BYTES:
         raise _corrupt(
             name,

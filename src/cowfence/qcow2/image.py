@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
-from cowfence.qcow2.allocator import Allocator
-from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
-from cowfence.qcow2.extensions import Autoclear, Incompatible
+from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.header import (
     Header,
@@ -38,48 +35,20 @@ from cowfence.qcow2.header import (
     feature_bits_patch,
     read_header,
 )
-from cowfence.qcow2.layout import Layout
+from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.read import Reads
-from cowfence.qcow2.reader import Cold, MetadataReader, NeedsCommit
-from cowfence.qcow2.reclaim import ClusterReclaimer
-from cowfence.qcow2.refcounts import Refcounts
-from cowfence.qcow2.snapshot_table import read_snapshots
-from cowfence.qcow2.state import State, Tickets
-from cowfence.qcow2.tables import Kind, Table
-from cowfence.qcow2.transaction import Committer, Pending
+from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
-from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_exact
-from cowfence.units import KIB, MIB
+from cowfence.storage.base import Buffer, Storage, WritableBuffer
+from cowfence.units import KIB
 
 T = TypeVar("T")
 
-_EXTENTS_PIECE_BYTES = 1 << 40
-
-
-class CacheMode(Enum):
-    """When a write is durable. WRITEBACK: at the next flush. WRITETHROUGH: when it returns. UNSAFE: flushes do nothing."""
-
-    WRITEBACK = "writeback"
-    WRITETHROUGH = "writethrough"
-    UNSAFE = "unsafe"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an image is opened. Sizes in bytes, times in seconds.
-
-    ``cache_bytes`` bounds the L2 tables in memory (refcount blocks: a quarter more). ``commit_interval``: an idle guest's
-    writes are committed after so long (None: never on their own). ``discards``: host space of what the guest discarded is
-    given back. ``quarantine_bytes``: freed space that may wait for a commit before one is made for it.
-    """
-
-    cache_bytes: int = 32 * MIB
-    mode: CacheMode = CacheMode.WRITEBACK
-    commit_interval: float | None = 5.0
-    discards: bool = True
-    quarantine_bytes: int = 256 * MIB
+_LONG_READ_BYTES = 64 * KIB
+_EXTENTS_PIECE_TABLES = 4096
+"""L2 tables that are looked at in one go, under the lock."""
 
 
 def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
@@ -105,94 +74,22 @@ def open_image(storage: Storage, *, backing: Disk | None, writable: bool, option
     return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options())
 
 
-def _load_table(storage: Storage, kind: Kind, offset: int, length_bytes: int) -> Table:
-    return Table.from_bytes(kind, 0, offset, read_exact(storage, offset, length_bytes, kind.value))
-
-
-def _claim_all(state: State) -> None:
-    """List every cluster of metadata. Raises Corrupt where two structures share one."""
-    header, geometry, layout = state.header, state.geometry, state.layout
-    layout.claim_new(0, 1, Kind.HEADER)
-    layout.claim_new(header.refcount_table_offset, header.refcount_table_clusters, Kind.REFCOUNT_TABLE)
-    if header.l1_entries:
-        layout.claim_new(header.l1_offset, geometry.clusters_for(header.l1_entries * 8), Kind.L1)
-    for index, entry in enumerate(state.refcounts.table.entries):
-        if entry:
-            offset = state.refcounts.block_offset(index)
-            assert offset is not None
-            layout.claim_new(offset, 1, Kind.REFCOUNT_BLOCK)
-    for index, entry in enumerate(state.l1.entries):
-        if entry:
-            l2_offset = state.l2_offset(index)
-            if l2_offset is not None:
-                layout.claim_new(l2_offset, 1, Kind.L2)
-    if header.snapshot_count:
-        snapshots = read_snapshots(state.storage, header)
-        length_bytes = sum(40 + len(s.extra) + len(os.fsencode(s.id)) + len(os.fsencode(s.name)) + 7 & ~7 for s in snapshots)
-        layout.claim_new(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
-        for snapshot in snapshots:
-            if snapshot.l1_entries:
-                layout.claim_new(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
-    bitmaps = header.bitmaps
-    if bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
-        layout.claim_new(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)
-
-
 class Qcow2Disk:
     """A guest's disk in a qcow2 image. Thread-safe; belongs to the process that opened it."""
 
     def __init__(self, storage: Storage, header: Header, backing: Disk | None, *, writable: bool, options: Options) -> None:
-        geometry = header.geometry
-        lock = threading.Lock()
-        layout = Layout(storage.name, header.cluster_bits)
-        pending = Pending()
-        reader = MetadataReader(storage)
-        l1 = _load_table(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
-        refcount_table = _load_table(
-            storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
-        )
-        tables = max(1, options.cache_bytes >> header.cluster_bits)
-        refcounts = Refcounts(reader, geometry, refcount_table, pending, max(1, tables // 4))
-        allocator = Allocator(
-            storage.name,
-            refcounts,
-            layout,
-            geometry,
-            pending,
-            file_bytes=storage.size(),
-            holes=storage.capabilities().holes_past_end,
-        )
-        self._reclaimer = ClusterReclaimer()
-        self._committer = Committer(storage, layout, lock, pending, self._reclaimer, unsafe=options.mode is CacheMode.UNSAFE)
-        self._state = state = State(
-            storage=storage,
-            header=header,
-            geometry=geometry,
-            lock=lock,
-            reader=reader,
-            layout=layout,
-            pending=pending,
-            l1=l1,
-            l2=TableCache(tables),
-            refcounts=refcounts,
-            allocator=allocator,
-            committer=self._committer,
-            backing=backing,
-            backing_bytes=min(backing.size, header.size_bytes) if backing is not None else 0,
-            size=header.size_bytes,
-            discards=options.discards and storage.capabilities().punches_holes,
-            quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
-            tickets=Tickets(lock),
-        )
-        self._reclaimer.state = state
-        self._reads = Reads(state, self._end_ticket)
+        self._state = state = assemble(storage, header, backing, options)
+        geometry = state.geometry
+        self._committer = state.committer
+        self._reclaimer = state.reclaimer
+        self._reads = Reads(state, self._check, self._end_ticket)
         self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
         self._zeroes = Zeroes(state, self._writes)
         self._writable = writable
         self._mode = options.mode
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
-        self._lock = lock
+        self._lock = state.lock
         self._tables = state.l2.tables
         self._readv = storage.readv
         self._scratch = bytearray()
@@ -203,13 +100,14 @@ class Qcow2Disk:
         self._l2_mask = geometry.l2_entries - 1
         self._not_plain = ~(COPIED | OFFSET_MASK & ~geometry.cluster_mask)
         self._unready: CowfenceError | None = None
-        """Why calls are refused: closed, or in a forked child. Checked by every call."""
+        """Why calls are refused: closed, or in a forked child. Checked by every call, and by each again once it holds the lock:
+        what goes on after ``close`` has taken its turn there would be acknowledged and never committed."""
         self._features_settled = not writable or header.version < 3 or not header.autoclear
-        self._interval: _IntervalCommit | None = None
+        self._interval: IntervalCommit | None = None
         if writable:
-            _claim_all(state)
+            claim_all(state)
             if options.commit_interval is not None and options.mode is not CacheMode.WRITETHROUGH:
-                self._interval = _IntervalCommit(self, options.commit_interval)
+                self._interval = IntervalCommit(self, options.commit_interval)
         _LIVE.add(self)
 
     @property
@@ -268,6 +166,8 @@ class Qcow2Disk:
         within = offset & self._within_mask
         if 0 < length_bytes <= self._cluster_bytes - within and 0 <= offset <= self._size - length_bytes:
             with self._lock:
+                if self._unready is not None:
+                    raise self._unready
                 table = self._tables.get(offset >> self._l1_shift)
                 if table is not None:
                     entry = table.entries[offset >> self._bits & self._l2_mask]
@@ -296,7 +196,7 @@ class Qcow2Disk:
         state = self._state
         end = offset + length_bytes
         while offset < end:
-            piece = min(end - offset, _EXTENTS_PIECE_BYTES)
+            piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
             for kind, start, run_bytes, host, _ in self._run(
                 lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait))  # type: ignore[misc]
             ):
@@ -372,6 +272,7 @@ class Qcow2Disk:
             return
         state = self._state
         with state.lock:
+            self._check()
             if self._features_settled:
                 return
             header = state.header
@@ -400,6 +301,8 @@ class Qcow2Disk:
         later: list[int] = []
         hits = 0
         with state.lock:
+            if self._unready is not None:
+                return [self._unready] * len(requests)
             for verb, offset, length_bytes, data, fua, _ in requests:
                 if verb is read:
                     within = offset & within_mask
@@ -436,7 +339,7 @@ class Qcow2Disk:
                                     hits += 1
                                     continue
                                 except CowfenceError as error:
-                                    outcomes.append(error)
+                                    outcomes.append(as_outcome(error))
                                     continue
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
@@ -472,7 +375,7 @@ class Qcow2Disk:
                 except (Cold, NeedsCommit, NoSpace, WouldBlock):
                     pass
                 except CowfenceError as error:
-                    outcomes[index] = error
+                    outcomes[index] = as_outcome(error)
                     continue
             rest.append(index)
         return rest
@@ -483,7 +386,7 @@ class Qcow2Disk:
         try:
             if verb is Verb.READ:
                 self._check_range(offset, length_bytes)
-                buffer = bytearray(length_bytes)
+                buffer = _unfilled(length_bytes)
                 self._reads.read_into(offset, memoryview(buffer), wait=wait)
                 return buffer
             if verb is Verb.FLUSH:
@@ -511,7 +414,7 @@ class Qcow2Disk:
         except WouldBlock:
             return BLOCKED
         except CowfenceError as error:
-            return error
+            return as_outcome(error)
 
     def _one_piece(self, request: Request) -> bool:
         """A zero or discard of whole clusters inside one L2 table, if it neither waits nor needs a commit; else nothing."""
@@ -522,6 +425,7 @@ class Qcow2Disk:
         if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
             return False
         with self._lock:
+            self._check()
             try:
                 if verb is Verb.ZERO:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
@@ -628,7 +532,7 @@ class Qcow2Disk:
 
     def _check(self) -> None:
         if self._unready is not None:
-            raise self._unready
+            raise self._unready.with_traceback(None)
 
     def _check_range(self, offset: int, length_bytes: int) -> None:
         self._check()
@@ -640,48 +544,16 @@ class Qcow2Disk:
         if not self._writable:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
-            raise self._committer.broken
+            raise self._committer.broken.with_traceback(None)
 
 
-class _IntervalCommit:
-    """Commits what an idle guest left pending, a while after the first change. One thread, started when it is first needed."""
+def _unfilled(length_bytes: int) -> bytearray | memoryview:
+    """A buffer that a read is about to fill. A long one is not cleared first: that would cost a quarter of the read."""
+    if length_bytes < _LONG_READ_BYTES:
+        return bytearray(length_bytes)
+    import numpy as np
 
-    def __init__(self, disk: Qcow2Disk, seconds: float) -> None:
-        self._disk = weakref.ref(disk)
-        self._seconds = seconds
-        self._wake = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Something is pending: commit it at the end of the interval."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
-            self._thread.start()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stopped.is_set():
-            self._wake.wait()
-            if self._stopped.wait(self._seconds):
-                return
-            self._wake.clear()
-            disk = self._disk()
-            if disk is None:
-                return
-            try:
-                disk.commit()
-            except CowfenceError:
-                # The guest learns of it at its next flush; what is pending stays pending.
-                self._wake.set()
-            del disk
+    return np.empty(length_bytes, np.uint8).data
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()

@@ -6,7 +6,7 @@ same runs, so that a plan costs what it covers, not what the disk claims.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterato
         table_end = min(end, (l1_index + 1) << geometry.l1_shift)
         table = state.l2_table(l1_index, wait=wait, cached=False)
         if table is None:
+            table_end = min(end, _end_of_gap(state.l1.entries, l1_index, end >> geometry.l1_shift) << geometry.l1_shift)
             pieces: Iterator[GuestRun] = iter((GuestRun(RunKind.UNALLOCATED, offset, table_end - offset, 0, 0),))
         elif table_end - offset > _VECTOR_CLUSTERS << geometry.cluster_bits:
             pieces = _table_runs(state, table.view(), l1_index, offset, table_end)
@@ -82,6 +83,17 @@ def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterato
         offset = table_end
     if pending is not None:
         yield pending
+
+
+def _end_of_gap(l1: Sequence[int], l1_index: int, last: int) -> int:
+    """The first L1 entry behind ``l1_index`` that leads somewhere, or one behind ``last``: a hostile header can claim a disk
+    of millions of tables that do not exist, and each must cost next to nothing.
+    """
+    index = l1_index + 1
+    stop = min(last + 1, len(l1))
+    while index < stop and not l1[index]:
+        index += 1
+    return index if index < stop else last + 1
 
 
 def _joins(earlier: GuestRun, later: GuestRun) -> bool:

@@ -47,9 +47,10 @@ class ClusterReclaimer:
         shift = state.geometry.refcount_block_shift - state.geometry.cluster_bits
         self._warm({cluster >> shift for entry in freed for cluster in (entry.first, entry.first + entry.clusters - 1)})
         with state.lock:
-            for first, count, discard in freed:
+            for first, count, discard, table in freed:
                 for cluster in range(first, first + count):
-                    state.layout.drop(cluster)
+                    if table:
+                        state.layout.drop(cluster)
                     try:
                         block = state.refcounts.block_of(cluster, wait=True)
                     except CowfenceError:
@@ -58,6 +59,9 @@ class ClusterReclaimer:
                     stored = block.get(at) if block else 0
                     if not stored or block is None:
                         # The image was damaged before we came; check reports it, and a count never goes below 0.
+                        continue
+                    if stored == 1 and cluster in state.layout.kinds:
+                        # A damaged image, where a guest's entry led onto a table that is in use: the table stays.
                         continue
                     dirty = block.dirty
                     block.dirty = blocks.setdefault(block.offset, (block, set()))[1]
@@ -81,6 +85,7 @@ class ClusterReclaimer:
                 for block, sectors in blocks.values()
                 for sector in sectors
             ]
+            state.allocator.hold(emptied)
             self._quarantine.append((state.tickets.now(), emptied, punch))
         try:
             write_changes(state.storage, state.layout, changes)
@@ -116,6 +121,9 @@ class ClusterReclaimer:
         state = self.state
         while True:
             with state.lock:
+                if state.committer.broken is not None:
+                    # After a failed fence nothing more reaches the host, and nothing is allocated either.
+                    return
                 if not self._quarantine or not state.tickets.all_ended_before(self._quarantine[0][0]):
                     return
                 _, emptied, punch = self._quarantine.popleft()

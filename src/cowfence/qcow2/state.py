@@ -19,6 +19,7 @@ from cowfence.qcow2.geometry import OFFSET_MASK, Geometry
 from cowfence.qcow2.header import Header
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import MetadataReader, NeedsCommit
+from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
@@ -74,6 +75,7 @@ class State:
     refcounts: Refcounts
     allocator: Allocator
     committer: Committer
+    reclaimer: ClusterReclaimer
     backing: Disk | None
     backing_bytes: int
     size: int

@@ -53,11 +53,15 @@ class Change(NamedTuple):
 
 
 class Freed(NamedTuple):
-    """Host clusters that lost one reference each; ``discard``: the guest said that it needs them no more."""
+    """Host clusters that lost one reference each.
+
+    ``discard``: the guest said that it needs them no more. ``table``: they held a table that this image uses no more.
+    """
 
     first: int
     clusters: int
     discard: bool
+    table: bool
 
 
 _NEW_MARKS = {
@@ -104,9 +108,9 @@ class Pending:
         """``table`` has dirty sectors, or is fresh."""
         self.changed[table.offset] = table
 
-    def free(self, first: int, count: int = 1, *, discard: bool = False) -> None:
-        """``count`` host clusters lose one reference each, once what unlinks them is durable."""
-        self.freed.append(Freed(first, count, discard))
+    def free(self, first: int, count: int = 1, *, discard: bool = False, table: bool = False) -> None:
+        """``count`` host clusters lose one reference each, once what unlinks them is durable. See ``Freed``."""
+        self.freed.append(Freed(first, count, discard, table))
         self.freed_clusters += count
 
     def patch_header(self, offset: int, data: bytes, mark: str) -> None:
@@ -275,7 +279,8 @@ class Committer:
 
     def _check(self) -> None:
         if self.broken is not None:
-            raise self.broken
+            # Each raise adds to an error's traceback, and with it the buffers of those who called.
+            raise self.broken.with_traceback(None)
 
     def _commit(self, frozen: Frozen) -> None:
         link_begun = False

@@ -68,7 +68,10 @@ class Writes:
         try:
             calls = self._vectors(targets, offset, data, wait=wait)
             for target in targets:
-                state.layout.check_data(target.host >> geometry.cluster_bits, 1)
+                cluster = target.host >> geometry.cluster_bits
+                state.layout.check_data(cluster, 1)
+                if not target.reserved:
+                    state.allocator.check_handed_out(cluster)
             state.committer.data_written = True
             for host, buffers in calls:
                 state.storage.writev(host, buffers, "data.write")
@@ -221,7 +224,7 @@ class LinkHome:
             table = Table.empty(Kind.L2, self._l1_index, offset, state.geometry.cluster_bytes)
         else:
             table = Table(Kind.L2, self._l1_index, offset, array("Q", self._table.entries), fresh=True)
-            state.pending.free(self._table.offset >> state.geometry.cluster_bits)
+            state.pending.free(self._table.offset >> state.geometry.cluster_bits, table=True)
         state.layout.claim_new(offset, 1, Kind.L2)
         state.refcounts.increment(self._cluster)
         state.l2.put(table)
@@ -252,7 +255,7 @@ def grow_l1(state: State, *, wait: bool) -> None:
     entries = geometry.l1_entries_for(state.size)
     state.pending.patch_header(*l1_patch(HostOffset(offset), entries), "header.link")
     if old.offset:
-        state.pending.free(old.offset >> geometry.cluster_bits, geometry.clusters_for(len(old.entries) * 8))
+        state.pending.free(old.offset >> geometry.cluster_bits, geometry.clusters_for(len(old.entries) * 8), table=True)
     state.l1 = table
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 """``DirectFileStorage``: a file around the page cache (O_DIRECT), for any offset, length and buffer.
 
 The host takes only whole blocks, in memory that is aligned as well. Aligned calls are tried as they are. Others go through
@@ -10,6 +9,7 @@ file to themselves: every other change goes through a gate that lets either many
 A write that ends inside the last block writes that block whole, padded with zeros, and then cuts the file to its true
 length. A crash between the two leaves a file that is longer by less than a block of zeros.
 """
+# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 
 from __future__ import annotations
 

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 """``FileStorage``: a local file or block device.
 
 Reads and writes are positional vectored calls on one descriptor, so that any number of threads may use it at once; the
@@ -15,6 +14,7 @@ marked clean, and the next call succeeds although the bytes never reached the di
 A block device differs from a file in three ways: its length is fixed, what lies past the end of what was written is old
 content instead of zeros, and discard is another call.
 """
+# ruff: noqa: ARG002 - a file has no use for marks; wrappers around it have
 
 from __future__ import annotations
 

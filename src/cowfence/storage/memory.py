@@ -1,9 +1,9 @@
-# ruff: noqa: ARG002 - memory has no use for marks; wrappers around it have
 """``MemoryStorage``: a file that is bytes in memory. The crash explorer opens millions of them.
 
 The initial bytes are not copied until the first change: a crash state that is opened and only read costs nothing but its
 object, and a snapshot of an unchanged file is the very same bytes. Every call is one step under the interpreter's lock.
 """
+# ruff: noqa: ARG002 - memory has no use for marks; wrappers around it have
 
 from __future__ import annotations
 

@@ -13,18 +13,9 @@ from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
 from cowfence.errors import Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly
 from cowfence.extents import Extent
 from cowfence.nbd import messages as m
+from cowfence.nbd.client_transmission import ClientTransmission, Completion
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno, ProtocolError, RequestHeader
-from cowfence.nbd.transmission import (
-    Batch,
-    ClientTransmission,
-    Completion,
-    Descriptors,
-    Query,
-    Reply,
-    ServerTransmission,
-    block_descriptors,
-    export_flags,
-)
+from cowfence.nbd.transmission import Batch, Descriptors, Query, Reply, ServerTransmission, block_descriptors, export_flags
 
 SIZE = 1 << 20
 MAX = 32 << 20

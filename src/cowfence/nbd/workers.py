@@ -1,0 +1,159 @@
+"""The pool of threads that does what would make the loop wait, and the bell by which it tells that something is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+from cowfence.disk.base import Disk, Outcome, Request, Verb
+from cowfence.errors import CowfenceError
+from cowfence.nbd.connection import Connection
+from cowfence.nbd.messages import Command
+from cowfence.nbd.transmission import (
+    Batch,
+    Query,
+    QueryResult,
+    block_descriptors,
+)
+from cowfence.units import MIB
+
+_log = logging.getLogger(__name__)
+
+_CACHE_STEP_BYTES: Final = MIB
+
+
+class Job(NamedTuple):
+    """Work for the pool: requests of the disk, which are done together, or a query."""
+
+    connection: Connection
+    disk: Disk
+    work: Batch | Query
+    requests: int
+    cost_bytes: int
+
+
+class Done(NamedTuple):
+    """A finished job: the outcomes of a batch, or the result of a query; and how long it took."""
+
+    job: Job
+    outcomes: list[Outcome]
+    result: QueryResult
+    seconds: float
+
+
+class Bell:
+    """Wakes the loop from other threads and from signal handlers.
+
+    Its descriptor lives as long as the object: closed earlier, a late ring could write into whatever took its number.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._rung = False
+
+    def ring(self) -> None:
+        if self._rung:
+            return
+        self._rung = True
+        with suppress(BlockingIOError):  # a full counter rings already
+            os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        """To be called before looking for what was rung for: what comes after the look then rings anew."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        self._rung = False
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Workers:
+    """A pool of threads, started as they are needed, that does jobs and keeps what came of them for the loop."""
+
+    def __init__(self, most: int, bell: Bell) -> None:
+        self._most = most
+        self._bell = bell
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._done: deque[Done] = deque()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0  # touched by the loop's thread only
+
+    @property
+    def busy(self) -> bool:
+        return self._unfinished > 0
+
+    def submit(self, job: Job) -> None:
+        self._unfinished += 1
+        if len(self._threads) < min(self._unfinished, self._most):
+            thread = threading.Thread(target=self._work, name=f"nbd-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+
+    def take_done(self) -> list[Done]:
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        self._unfinished -= len(done)
+        return done
+
+    def close(self) -> None:
+        """Wait for all jobs and end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            began = time.perf_counter()
+            outcomes: list[Outcome] = []
+            result: QueryResult = None
+            if isinstance(job.work, Query):
+                result = _query(job.disk, job.work)
+            else:
+                outcomes = submit(job.disk, job.work.requests, wait=True)
+            self._done.append(Done(job, outcomes, result, time.perf_counter() - began))
+            self._bell.ring()
+
+
+def is_fence(request: Request) -> bool:
+    return request.verb is Verb.FLUSH or (request.verb is Verb.WRITE and request.fua)
+
+
+def submit(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
+    """``Disk.submit``, whose failure as a whole is the failure of each request."""
+    try:
+        return disk.submit(requests, wait=wait)
+    except CowfenceError as error:
+        return [error] * len(requests)
+    except Exception as error:
+        return [_defect(error)] * len(requests)
+
+
+def _query(disk: Disk, query: Query) -> QueryResult:
+    try:
+        if query.command is Command.BLOCK_STATUS:
+            return block_descriptors(disk.extents(query.offset, query.length_bytes), query)
+        buffer = memoryview(bytearray(min(query.length_bytes, _CACHE_STEP_BYTES)))
+        end = query.offset + query.length_bytes
+        for position in range(query.offset, end, _CACHE_STEP_BYTES):
+            disk.read_into(position, buffer[: end - position])
+    except CowfenceError as error:
+        return error
+    except Exception as error:
+        return _defect(error)
+    return None
+
+
+def _defect(error: Exception) -> CowfenceError:
+    # A defect of ours must cost the request that met it, not the loop, and not a thread of the pool and with it a hung client.
+    _log.error("a request met a defect", exc_info=error)
+    return CowfenceError(f"internal error: {type(error).__name__}")

@@ -1,0 +1,150 @@
+"""Putting an open image together: its tables read, its parts wired to each other, its metadata listed.
+
+What an image is made of is decided here and nowhere else; ``image`` is the face over it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from enum import Enum
+
+from cowfence.disk.base import Disk
+from cowfence.errors import Corrupt
+from cowfence.qcow2.allocator import Allocator
+from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.extensions import Autoclear
+from cowfence.qcow2.header import Header
+from cowfence.qcow2.layout import Layout
+from cowfence.qcow2.reader import MetadataReader
+from cowfence.qcow2.reclaim import ClusterReclaimer
+from cowfence.qcow2.refcounts import Refcounts
+from cowfence.qcow2.snapshot_table import read_snapshots
+from cowfence.qcow2.state import State, Tickets
+from cowfence.qcow2.tables import Kind, Table
+from cowfence.qcow2.transaction import Committer, Pending
+from cowfence.storage.base import Storage, read_exact
+from cowfence.units import MIB
+
+
+class CacheMode(Enum):
+    """When a write is durable. WRITEBACK: at the next flush. WRITETHROUGH: when it returns. UNSAFE: flushes do nothing."""
+
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    UNSAFE = "unsafe"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an image is opened. Sizes in bytes, times in seconds.
+
+    ``cache_bytes`` bounds the L2 tables in memory (refcount blocks: a quarter more). ``commit_interval``: an idle guest's
+    writes are committed after so long (None: never on their own). ``discards``: host space of what the guest discarded is
+    given back. ``quarantine_bytes``: freed space that may wait for a commit before one is made for it.
+    """
+
+    cache_bytes: int = 32 * MIB
+    mode: CacheMode = CacheMode.WRITEBACK
+    commit_interval: float | None = 5.0
+    discards: bool = True
+    quarantine_bytes: int = 256 * MIB
+
+
+def assemble(storage: Storage, header: Header, backing: Disk | None, options: Options) -> State:
+    """The state of the image in ``storage``. Reads the L1 and the refcount table; raises Corrupt where the file lacks them."""
+    geometry = header.geometry
+    lock = threading.Lock()
+    layout = Layout(storage.name, header.cluster_bits)
+    pending = Pending()
+    reader = MetadataReader(storage)
+    l1 = _load(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
+    refcount_table = _load(
+        storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
+    )
+    tables = max(1, options.cache_bytes >> header.cluster_bits)
+    refcounts = Refcounts(reader, geometry, refcount_table, pending, max(1, tables // 4))
+    allocator = Allocator(
+        storage.name,
+        refcounts,
+        layout,
+        geometry,
+        pending,
+        file_bytes=storage.size(),
+        holes=storage.capabilities().holes_past_end,
+    )
+    reclaimer = ClusterReclaimer()
+    committer = Committer(storage, layout, lock, pending, reclaimer, unsafe=options.mode is CacheMode.UNSAFE)
+    state = State(
+        storage=storage,
+        header=header,
+        geometry=geometry,
+        lock=lock,
+        reader=reader,
+        layout=layout,
+        pending=pending,
+        l1=l1,
+        l2=TableCache(tables),
+        refcounts=refcounts,
+        allocator=allocator,
+        committer=committer,
+        reclaimer=reclaimer,
+        backing=backing,
+        backing_bytes=min(backing.size, header.size_bytes) if backing is not None else 0,
+        size=header.size_bytes,
+        discards=options.discards and storage.capabilities().punches_holes,
+        quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
+        tickets=Tickets(lock),
+    )
+    reclaimer.state = state
+    return state
+
+
+def _load(storage: Storage, kind: Kind, offset: int, length_bytes: int) -> Table:
+    return Table.from_bytes(kind, 0, offset, read_exact(storage, offset, length_bytes, kind.value))
+
+
+def claim_all(state: State) -> None:
+    """List every cluster of metadata. Raises Corrupt where two structures share one, or one reaches past the file's end."""
+    header, geometry = state.header, state.geometry
+    claim = _Claims(state)
+    claim(0, 1, Kind.HEADER)
+    claim(header.refcount_table_offset, header.refcount_table_clusters, Kind.REFCOUNT_TABLE)
+    if header.l1_entries:
+        claim(header.l1_offset, geometry.clusters_for(header.l1_entries * 8), Kind.L1)
+    for index, entry in enumerate(state.refcounts.table.entries):
+        if entry:
+            offset = state.refcounts.block_offset(index)
+            assert offset is not None
+            claim(offset, 1, Kind.REFCOUNT_BLOCK)
+    for index, entry in enumerate(state.l1.entries):
+        if entry:
+            l2_offset = state.l2_offset(index)
+            if l2_offset is not None:
+                claim(l2_offset, 1, Kind.L2)
+    if header.snapshot_count:
+        snapshots = read_snapshots(state.storage, header)
+        length_bytes = sum(40 + len(s.extra) + len(os.fsencode(s.id)) + len(os.fsencode(s.name)) + 7 & ~7 for s in snapshots)
+        claim(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
+        for snapshot in snapshots:
+            if snapshot.l1_entries:
+                claim(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
+    bitmaps = header.bitmaps
+    if bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
+        claim(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)
+
+
+class _Claims:
+    """Claims of the layout, held against the file: what it does not have costs no memory, however much is claimed."""
+
+    def __init__(self, state: State) -> None:
+        self._layout = state.layout
+        self._name = state.storage.name
+        self._bits = state.geometry.cluster_bits
+        self._file_clusters = state.geometry.clusters_for(state.storage.size())
+
+    def __call__(self, offset: int, clusters: int, kind: Kind) -> None:
+        if (offset >> self._bits) + clusters > self._file_clusters:
+            raise Corrupt(f"{self._name}: {kind.value} at offset {offset:#x}", "it reaches past the end of the file")
+        self._layout.claim_new(offset, clusters, kind)
