@@ -62,6 +62,8 @@ def main() -> int:
     if missing:
         print(f"bench: needs {', '.join(missing)} (Debian: qemu-utils fio hyperfine strace)", file=sys.stderr)
         return 1
+    # An installed program has its bytecode; where this is set, ours would be compiled anew at each start.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     lines = [_HEAD]
     print(_HEAD, flush=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as fast, tempfile.TemporaryDirectory(dir=".") as slow:

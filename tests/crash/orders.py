@@ -140,7 +140,7 @@ def _reused_at_once() -> Iterator[None]:
         true_init(self, *args, **kwargs)
         states.append(self)
 
-    def free(self: Pending, first: int, count: int = 1, *, discard: bool = False) -> None:  # noqa: ARG001
+    def free(self: Pending, first: int, count: int = 1, *, discard: bool = False, table: bool = False) -> None:  # noqa: ARG001
         state = next(state for state in reversed(states) if state.pending is self)
         block = state.refcounts.block_of(first, wait=True)
         assert block is not None

@@ -129,7 +129,7 @@ def _record_move(*, netted: bool) -> tuple[Scenario, Recording]:
     disk._state.pending.touch(table)
     disk.flush()
 
-    def net(self: Pending, first: int, count: int = 1, *, discard: bool = False) -> None:  # noqa: ARG001
+    def net(self: Pending, first: int, count: int = 1, *, discard: bool = False, table: bool = False) -> None:  # noqa: ARG001
         block = disk._state.refcounts.block_of(first, wait=True)
         assert block is not None
         block.set(first % 256, block.get(first % 256) - 1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from cowfence.qcow2.allocator import Allocator
 from crash.orders import MUTANTS
 from crash.walks import judge, run, walk
 
@@ -31,3 +32,18 @@ def test_walks_can_fail() -> None:
         if judge(chosen, recording, "kill").violations:
             return
     pytest.fail("no walk caught the mutant")
+
+
+def test_walks_find_a_cluster_that_is_handed_out_before_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of a refcount block while counts go down must not find what is in quarantine; the walk that found it so."""
+    monkeypatch.setattr(Allocator, "hold", lambda self, clusters: None)  # noqa: ARG005
+    monkeypatch.setattr(Allocator, "release", _release_everything)
+    chosen = walk(27)
+    assert judge(chosen, run(chosen), "kill").violations
+
+
+def _release_everything(self: Allocator, clusters: list[int]) -> None:
+    waiting = set(self._to_scan)
+    scanned = [cluster for cluster in clusters if cluster // self._geometry.refcounts_per_block not in waiting]
+    self._returned.extend(scanned)
+    self.free += len(scanned)

@@ -44,7 +44,10 @@ def _images() -> list[bytes]:
     used = written(fresh, (0, 4 * CLUSTER), (70 * CLUSTER, CLUSTER))
     packed = compressed(compressed(used, 0), CLUSTER)
     full = written(image(64, size=256 * CLUSTER), (0, 46 * CLUSTER))
-    return [fresh, used, packed, snapshotted(used), snapshotted(packed), full, image(1), written(image(version=2), (0, 2048))]
+    # Several refcount blocks, of which an engine that opens it has looked at none.
+    many = written(image(64, size=256 * CLUSTER), (0, 150 * CLUSTER))
+    two = written(image(version=2), (0, 2048))
+    return [fresh, used, packed, snapshotted(used), snapshotted(packed), full, many, many, image(1), two]
 
 
 IMAGES = _images()
@@ -66,7 +69,7 @@ def walk(seed: int) -> Walk:
 
     changes = ["write"] * 5 + ["zero", "keep_zero", "discard", "discard"]
     script = tuple(step([*changes, "flush", "flush", "flush", *(["kill"] if rng.random() < 0.2 else [])]) for _ in range(20))
-    inside = tuple(step(changes) for _ in range(rng.choice([0, 0, 4])))
+    inside = tuple(step(changes) for _ in range(rng.choice([0, 4, 12])))
     options = rng.choice([OPTIONS, TIGHT, Options(cache_bytes=2 * CLUSTER, commit_interval=None, quarantine_bytes=1)])
     return Walk(seed, content, options, rng.choice(BACKINGS), script, inside)
 
@@ -75,7 +78,7 @@ def run(chosen: Walk) -> Recording:
     left = list(chosen.inside)
 
     def during(kind: Kind, mark: str) -> None:
-        if kind is Kind.FENCE and left and mark in ("prepare.fence", "link.fence"):
+        if left and (kind is Kind.FENCE or mark in ("refcount.decrement", "host.discard")) and mark != "open.fence":
             runner.step_inside(left.pop())
 
     plan = FaultPlan(on_call=during)

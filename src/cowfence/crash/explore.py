@@ -244,6 +244,8 @@ def _note(
         guest.reopen(data)
     elif entry.event == "flush.begin":
         tokens.append(("flush", guest.begin_flush()))
+    elif entry.event == "flush.lost":
+        tokens.pop()
     elif entry.event == "flush.end":
         guest.end_flush(tokens.pop()[1])
         return device.settle()

@@ -56,11 +56,20 @@ class GuestModel:
         return self._serial
 
     def end(self, token: int) -> None:
-        """The write or discard was acknowledged."""
+        """The write or discard was acknowledged.
+
+        Where others began on a sector since it began, they went on at the same time: either may have come last.
+        """
         for history in self._history.values():
-            for entry in history:
-                if entry.serial == token:
-                    entry.acknowledged = True
+            at = next((at for at, entry in enumerate(history) if entry.serial == token), None)
+            if at is None:
+                continue
+            history[at].acknowledged = True
+            if at + 1 < len(history):
+                self._serial += 1
+                self.changes += 1
+                values = {value for entry in history[at:] for value in entry.values}
+                history.append(_Values(self._serial, tuple(values), acknowledged=True))
 
     def withdraw(self, token: int) -> None:
         """The write was refused before anything of it was done."""

@@ -26,9 +26,9 @@ from typing import Final, NamedTuple
 from cowfence.disk.base import Outcome, Request, Verb
 from cowfence.errors import Closed, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.extents import Extent, merge
+from cowfence.nbd.client_transmission import ClientTransmission, Completion
 from cowfence.nbd.handshake import ClientHandshake, Negotiated
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno, ProtocolError, RequestHeader, State, TransmissionFlag
-from cowfence.nbd.client_transmission import ClientTransmission, Completion
 from cowfence.nbd.uri import NbdUri
 from cowfence.storage.base import Buffer, WritableBuffer
 from cowfence.units import GIB, KIB, align_down

@@ -12,10 +12,11 @@ refcount table is full, a new table) stand in the very range that it begins to c
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from typing import NamedTuple
 
-from cowfence.errors import NoSpace
+from cowfence.errors import Corrupt, NoSpace
 from cowfence.qcow2.geometry import MAX_HOST_BITS, MAX_REFCOUNT_TABLE_BYTES, Geometry, HostOffset
 from cowfence.qcow2.header import refcount_table_patch
 from cowfence.qcow2.layout import Layout
@@ -63,12 +64,19 @@ class Allocator:
         self._returned: list[int] = []
         """Free clusters that came back; used first, so that the file does not grow while old space lies idle."""
         self._to_scan: deque[int] = deque(i for i, entry in enumerate(refcounts.table.entries) if entry)
-        self.withheld: set[int] = set()
-        """Clusters whose count is 0 and that are not free yet: a read that was planned earlier may hold them (R4)."""
+        self._held: dict[int, set[int]] = {}
+        """By block still to be scanned: clusters whose count is 0 already, but which are not free before ``release``."""
         self.free = 0
         """Clusters at hand: found or come back."""
         self._block_pending = False
         self._lookahead = min(_LOOKAHEAD_CLUSTERS, geometry.refcounts_per_block // 4)
+
+    def check_handed_out(self, cluster: int) -> None:
+        """Raise Corrupt for a cluster past the end of the file that was never handed out: no image leads there by right, and
+        to write there would make the file as long as a hostile entry says, too long for any check."""
+        if cluster >= self._never_used:
+            offset = cluster << self._geometry.cluster_bits
+            raise Corrupt(f"{self._name}: data cluster at offset {offset:#x}", "it lies past the end of the file")
 
     def reserve(self, count: int, *, wait: bool) -> list[Run]:
         """``count`` clusters in as few runs as can be, their refcount blocks loaded; they belong to the caller.
@@ -143,14 +151,28 @@ class Allocator:
             self._returned.extend(range(run.first, run.first + run.clusters))
             self.free += run.clusters
 
+    def hold(self, clusters: list[int]) -> None:
+        """Clusters whose count fell to 0; each comes to ``release`` later, and until then no scan may find it free."""
+        if self._to_scan:
+            waiting = set(self._to_scan)
+            per_block = self._geometry.refcounts_per_block
+            for cluster in clusters:
+                if cluster // per_block in waiting:
+                    self._held.setdefault(cluster // per_block, set()).add(cluster)
+
     def release(self, clusters: list[int]) -> None:
-        """Clusters whose count fell to 0, whose unlink is durable, and which no planned read holds: withheld until now."""
-        self.withheld.difference_update(clusters)
+        """Clusters that were held, whose unlink is durable, and which no planned read holds."""
         if self._to_scan:
             # A block that is still to be scanned will show them then.
             waiting = set(self._to_scan)
             per_block = self._geometry.refcounts_per_block
-            clusters = [cluster for cluster in clusters if cluster // per_block not in waiting]
+            scanned = []
+            for cluster in clusters:
+                if cluster // per_block in waiting:
+                    self._held[cluster // per_block].discard(cluster)
+                else:
+                    scanned.append(cluster)
+            clusters = scanned
         self._returned.extend(clusters)
         self.free += len(clusters)
 
@@ -163,23 +185,16 @@ class Allocator:
             return
         base = index * self._geometry.refcounts_per_block
         limit = 1 << MAX_HOST_BITS - self._geometry.cluster_bits
+        held = sorted(self._held.pop(index, ()))
         for first, count in block.free_runs():
-            self._found(base + first, min(base + first + count, limit))
-
-    def _found(self, start: int, end: int) -> None:
-        """A run of clusters whose count is 0: free, but for those that are withheld."""
-        for cluster in sorted(cluster for cluster in self.withheld if start <= cluster < end):
-            self._add(start, cluster)
-            start = cluster + 1
-        self._add(start, end)
-
-    def _add(self, start: int, end: int) -> None:
-        if start >= end:
-            return
-        self.free += end - start
-        if self._runs and self._runs[-1][1] == start:
-            start = self._runs.pop()[0]
-        self._runs.append((start, end))
+            start, stop = base + first, min(base + first + count, limit)
+            for end in (*held[bisect_left(held, start) : bisect_left(held, stop)], stop):
+                if start < end:
+                    self.free += end - start
+                    if self._runs and self._runs[-1][1] == start:
+                        start = self._runs.pop()[0]
+                    self._runs.append((start, end))
+                start = end + 1
 
     def look_ahead(self, *, wait: bool) -> None:
         """Add the block for the next range to the pending transaction if little is left of the ranges covered."""

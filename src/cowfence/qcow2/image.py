@@ -46,6 +46,7 @@ from cowfence.units import KIB
 
 T = TypeVar("T")
 
+_LONG_READ_BYTES = 64 * KIB
 _EXTENTS_PIECE_TABLES = 4096
 """L2 tables that are looked at in one go, under the lock."""
 
@@ -81,7 +82,7 @@ class Qcow2Disk:
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
-        self._reads = Reads(state, self._end_ticket)
+        self._reads = Reads(state, self._check, self._end_ticket)
         self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
         self._zeroes = Zeroes(state, self._writes)
@@ -99,7 +100,8 @@ class Qcow2Disk:
         self._l2_mask = geometry.l2_entries - 1
         self._not_plain = ~(COPIED | OFFSET_MASK & ~geometry.cluster_mask)
         self._unready: CowfenceError | None = None
-        """Why calls are refused: closed, or in a forked child. Checked by every call."""
+        """Why calls are refused: closed, or in a forked child. Checked by every call, and by each again once it holds the lock:
+        what goes on after ``close`` has taken its turn there would be acknowledged and never committed."""
         self._features_settled = not writable or header.version < 3 or not header.autoclear
         self._interval: IntervalCommit | None = None
         if writable:
@@ -164,6 +166,8 @@ class Qcow2Disk:
         within = offset & self._within_mask
         if 0 < length_bytes <= self._cluster_bytes - within and 0 <= offset <= self._size - length_bytes:
             with self._lock:
+                if self._unready is not None:
+                    raise self._unready
                 table = self._tables.get(offset >> self._l1_shift)
                 if table is not None:
                     entry = table.entries[offset >> self._bits & self._l2_mask]
@@ -268,6 +272,7 @@ class Qcow2Disk:
             return
         state = self._state
         with state.lock:
+            self._check()
             if self._features_settled:
                 return
             header = state.header
@@ -296,6 +301,8 @@ class Qcow2Disk:
         later: list[int] = []
         hits = 0
         with state.lock:
+            if self._unready is not None:
+                return [self._unready] * len(requests)
             for verb, offset, length_bytes, data, fua, _ in requests:
                 if verb is read:
                     within = offset & within_mask
@@ -379,7 +386,7 @@ class Qcow2Disk:
         try:
             if verb is Verb.READ:
                 self._check_range(offset, length_bytes)
-                buffer = bytearray(length_bytes)
+                buffer = _unfilled(length_bytes)
                 self._reads.read_into(offset, memoryview(buffer), wait=wait)
                 return buffer
             if verb is Verb.FLUSH:
@@ -418,6 +425,7 @@ class Qcow2Disk:
         if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
             return False
         with self._lock:
+            self._check()
             try:
                 if verb is Verb.ZERO:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
@@ -537,6 +545,15 @@ class Qcow2Disk:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
             raise self._committer.broken.with_traceback(None)
+
+
+def _unfilled(length_bytes: int) -> bytearray | memoryview:
+    """A buffer that a read is about to fill. A long one is not cleared first: that would cost a quarter of the read."""
+    if length_bytes < _LONG_READ_BYTES:
+        return bytearray(length_bytes)
+    import numpy as np
+
+    return np.empty(length_bytes, np.uint8).data
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()

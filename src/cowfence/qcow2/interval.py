@@ -23,14 +23,15 @@ class IntervalCommit:
         self._seconds = seconds
         self._wake = threading.Event()
         self._stopped = threading.Event()
+        self._guard = threading.Lock()
+        """Held while the thread is started or stopped."""
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
 
     def start(self) -> None:
         """Something is pending: commit it at the end of the interval."""
         if self._thread is None:
-            with self._starting:
-                if self._thread is None:
+            with self._guard:
+                if self._thread is None and not self._stopped.is_set():
                     thread = threading.Thread(target=self._loop, name="cowfence-commit-interval", daemon=True)
                     thread.start()
                     self._thread = thread
@@ -38,12 +39,14 @@ class IntervalCommit:
             self._wake.set()
 
     def _let_go(self) -> None:
-        """The disk is gone, closed or not: the thread ends."""
+        """The disk is gone without being closed: the thread ends. Called by the collector, so it takes no lock."""
         self._stopped.set()
         self._wake.set()
 
     def stop(self) -> None:
-        self._let_go()
+        with self._guard:
+            self._stopped.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join()
 

@@ -20,8 +20,10 @@ from cowfence.qcow2.state import State
 class Reads:
     """Reads of one image."""
 
-    def __init__(self, state: State, end_ticket: Callable[[int], None]) -> None:
+    def __init__(self, state: State, check: Callable[[], None], end_ticket: Callable[[int], None]) -> None:
+        """``check``: raises once the image is closed. Called under the lock, before each plan."""
         self._state = state
+        self._check = check
         self._end_ticket = end_ticket
         self._decompress = decompressor(state.header.compression_type)
         self._last: tuple[int, bytes] = (0, b"")
@@ -33,6 +35,7 @@ class Reads:
         tries = 0
         while True:
             with state.lock:
+                self._check()
                 try:
                     plan = list(runs(state, offset, len(view), wait=tries > 2))
                     self.fill(plan, offset, view, wait=False)

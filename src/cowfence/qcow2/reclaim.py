@@ -85,8 +85,8 @@ class ClusterReclaimer:
                 for block, sectors in blocks.values()
                 for sector in sectors
             ]
+            state.allocator.hold(emptied)
             self._quarantine.append((state.tickets.now(), emptied, punch))
-            state.allocator.withheld.update(emptied)
         try:
             write_changes(state.storage, state.layout, changes)
             written = True

@@ -5,6 +5,7 @@ that anything refers to is freed (crash contract, C12), and entries that lead no
 
     before anything       fence: what was read must be durable (R9)
     leaks                 RECLAIM  stored counts down to the references, in place                            | fence
+    counts to be raised   LINK     COPIED off where there are several references                             | fence
     counts too low, or    PREPARE  a complete new refcount structure, behind all that is in use              | fence
     structures damaged    LINK     one write in sector 0 flips the refcount table's offset and length        | fence
     COPIED flags          LINK     whole sectors of L1 and L2, after the counts that they follow are durable | fence
@@ -16,7 +17,7 @@ one does not count it. Where references may be hidden behind damage (``Report.co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -27,7 +28,7 @@ from cowfence.errors import Corrupt, ReadOnly
 from cowfence.qcow2.census import Clusters, Counts, Words
 from cowfence.qcow2.entries import COMPRESSED, COPIED
 from cowfence.qcow2.extensions import Autoclear, ExtensionType, Incompatible
-from cowfence.qcow2.findings import Grade, Problem, Report
+from cowfence.qcow2.findings import Grade, Report
 from cowfence.qcow2.geometry import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES, HostOffset
 from cowfence.qcow2.header import feature_bits_patch, refcount_table_patch
 from cowfence.qcow2.layout import Layout
@@ -40,6 +41,10 @@ from cowfence.units import SECTOR_BYTES, align_up, div_up
 _BATCH_CHANGES: Final = 4096
 _FILLER_EXTENSION: Final = 0x46494C4C
 """The type that a dropped header extension gets: unknown to everybody, so that all ignore it."""
+
+
+Rule = Callable[[Survey, Words], Words]
+"""What L1 or L2 entries shall be, given what they are; only COPIED may differ."""
 
 
 class Mode(Enum):
@@ -98,14 +103,18 @@ class _Repair:
 
     def run(self, found: Survey) -> RepairReport:
         before = found.report
-        rebuilt = False
+        changed = rebuilt = False
         if self._mode is Mode.ALL and not before.refcounts_sound:
+            # First, because a count that is right now says that the cluster is shared.
+            changed = self._fix_flags(found, _without_shared_flags)
             rebuilt = self._rebuild(found)
-        if rebuilt or (before.leaks and self._reclaim(found)):
+        if not rebuilt and before.leaks:
+            changed |= self._reclaim(found)
+        if rebuilt or changed:
             found = survey(self._storage)
         # QEMU's rule for leaks too: flags follow the counts, so they are set right once the counts are.
         may_fix_flags = self._mode is Mode.ALL or (found.report.refcounts_sound and not found.report.leaks)
-        if may_fix_flags and self._fix_flags(found):
+        if may_fix_flags and self._fix_flags(found, _with_right_flags):
             found = survey(self._storage)
         self._clear_feature_bits(found)
         return RepairReport(before, found.report, rebuilt, tuple(self._unrepairable))
@@ -213,29 +222,29 @@ class _Repair:
 
     # COPIED flags
 
-    def _fix_flags(self, found: Survey) -> bool:
-        """COPIED set where the count is 1, and clear elsewhere, in the active tables; True if one was wrong."""
+    def _fix_flags(self, found: Survey, rule: Rule) -> bool:
+        """Give the entries of the active tables the COPIED flags that ``rule`` says; True if one was wrong."""
         header = found.header
-        if header.incompatible & Incompatible.DATA_FILE or not _has_flag_findings(found.report):
+        if header.incompatible & Incompatible.DATA_FILE or found.report.clean:
             return False
         layout = _layout(found)
-        wrote = self._write(layout, self._l1_changes(found))
-        wrote |= self._write(layout, self._l2_changes(found))
+        wrote = self._write(layout, self._l1_changes(found, rule))
+        wrote |= self._write(layout, self._l2_changes(found, rule))
         if wrote:
             self._storage.fence("link.fence")
         return wrote
 
-    def _l1_changes(self, found: Survey) -> Iterator[Change]:
+    def _l1_changes(self, found: Survey, rule: Rule) -> Iterator[Change]:
         index, words = found.active_l1
-        wanted = _with_right_flags(found, words)
+        wanted = rule(found, words)
         wrong = np.flatnonzero(words != wanted)
         yield from self._sectors(found, found.header.l1_offset, index[wrong], wanted[wrong], 1, "l1.link", Kind.L1)
 
-    def _l2_changes(self, found: Survey) -> Iterator[Change]:
+    def _l2_changes(self, found: Survey, rule: Rule) -> Iterator[Change]:
         tables, bits = found.judge.tables, found.census.bits
         stride = found.geometry.l2_entry_bytes // TABLE_ENTRY_BYTES
         for first, _, rows in found.judge.pieces():
-            wanted = _with_right_flags(found, rows)
+            wanted = rule(found, rows)
             wrong = rows != wanted
             for row in np.flatnonzero(wrong.any(axis=1)).tolist():
                 if tables.active[first + row]:
@@ -273,11 +282,6 @@ class _Repair:
             self._link_header(found, *feature_bits_patch(header, incompatible=header.incompatible & ~cleared))
 
 
-def _has_flag_findings(report: Report) -> bool:
-    wrong = {Problem.COPIED_SET, Problem.COPIED_CLEAR, Problem.COPIED_ON_COMPRESSED, Problem.COPIED_WITHOUT_CLUSTER}
-    return any(problem in wrong for problem, _ in report.totals)
-
-
 def _with_right_flags(found: Survey, words: Words) -> Words:
     """The same entries with COPIED set where exactly one reference is stored and counted, clear elsewhere."""
     census = found.census
@@ -286,6 +290,16 @@ def _with_right_flags(found: Survey, words: Words) -> Words:
     within = np.minimum(clusters, census.clusters)
     single = standard & (census.stored[clusters] == 1) & (census.references[within] == 1) & (clusters == within)
     wanted: Words = np.where(single, words | np.uint64(COPIED), words & np.uint64(COPIED - 1))
+    return wanted
+
+
+def _without_shared_flags(found: Survey, words: Words) -> Words:
+    """The same entries with COPIED clear where what they lead to has several references."""
+    census = found.census
+    clusters = ((words & np.uint64(OFFSET_MASK)) >> np.uint64(census.bits)).view(np.int64)
+    within = np.minimum(clusters, census.clusters)
+    shared = (words & np.uint64(COMPRESSED) == 0) & (census.references[within] > 1) & (clusters == within)
+    wanted: Words = np.where(shared, words & np.uint64(COPIED - 1), words)
     return wanted
 
 
@@ -358,7 +372,7 @@ def _place_inside(found: Survey, counts: Counts, table_clusters: int) -> tuple[r
     census, per_block = found.census, found.geometry.refcounts_per_block
     if not found.report.complete:
         return None
-    free = np.flatnonzero((census.references[: census.clusters] == 0) & (census.stored[: census.clusters] == 0))
+    free = np.flatnonzero(census.references[: census.clusters] == 0)
     span = table_clusters - 1
     runs = np.flatnonzero(free[span:] - free[: len(free) - span] == span)
     if not len(runs):

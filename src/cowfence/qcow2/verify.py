@@ -170,12 +170,6 @@ class _Surveyor:
         """Claim every structure, and read every L1 table, the active one first."""
         header = self.header
         self._claim(0, 1, Kind.HEADER.value)
-        table_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
-        self.refcounts_damaged = not self._claim(header.refcount_table_offset, table_bytes, Kind.REFCOUNT_TABLE.value)
-        if table_bytes and len(self.singles) > 1:
-            self.refcount_table = self.singles[1]
-        # It hides nothing but refcount blocks, which a new structure has no use for.
-        self.census.complete = True
         l1s = [self._read_l1(header.l1_offset, header.l1_entries, "")]
         if header.snapshot_count:
             l1s += self._snapshot_l1s()
@@ -183,7 +177,19 @@ class _Surveyor:
             self._claim(header.encryption.offset, header.encryption.length_bytes, "encryption header")
         if header.autoclear & Autoclear.BITMAPS:
             self._read_bitmaps()
+        self._claim_refcount_table()
         return l1s
+
+    def _claim_refcount_table(self) -> None:
+        """After all others: where two lie on one another, this is the one that can be made anew."""
+        census, counted = self.census, len(self.singles)
+        # It hides nothing but refcount blocks, which a new structure does not need.
+        complete = census.complete
+        length_bytes = self.header.refcount_table_clusters * census.cluster_bytes
+        self.refcounts_damaged = not self._claim(self.header.refcount_table_offset, length_bytes, Kind.REFCOUNT_TABLE.value)
+        census.complete = complete
+        if len(self.singles) > counted:
+            self.refcount_table = self.singles[-1]
 
     def _claim(self, offset: int, length_bytes: int, name: str) -> bool:
         """Count a structure's clusters; False where it cannot stand there (then it must not be followed).
@@ -303,7 +309,7 @@ class _Surveyor:
         per_block = geometry.refcounts_per_block
         covered = align_up(census.clusters + 1, per_block)
         census.stored = np.zeros(covered, f"u{max(1, geometry.refcount_bits // 8)}")
-        if header.refcount_table_offset >= census.size:
+        if self.refcounts_damaged:
             return _NOTHING, _NOTHING
         words = self.file.words(
             header.refcount_table_offset, header.refcount_table_clusters * geometry.table_entries_per_cluster
