@@ -112,7 +112,7 @@ def _run(words: list[str]) -> int:
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """``--output``, which every subcommand has."""
+    """``--output``, for every subcommand that has a result to print."""
     parser.add_argument("--output", choices=("human", "json"), default="human", help="form of the result (default: human)")
 
 

@@ -345,10 +345,11 @@ def _place(found: Survey, counts: Counts) -> tuple[range, dict[int, int]] | None
     per_block, per_cluster = geometry.refcounts_per_block, geometry.table_entries_per_cluster
     starts = np.arange(0, len(counts), per_block)
     needed = set(np.flatnonzero(np.logical_or.reduceat(counts != 0, starts)).tolist())
-    base = found.report.image_end_bytes >> census.bits
-    if not found.report.complete:
+    if found.report.complete:
+        base = len(census.references) - int((census.references[::-1] != 0).argmax())
+    else:
         # What is hidden may lie where nothing is counted.
-        base = max(base, census.clusters)
+        base = census.clusters
     table_clusters = 1
     while True:
         total = table_clusters + len(needed)

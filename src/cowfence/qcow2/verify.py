@@ -252,8 +252,9 @@ class _Surveyor:
         try:
             self.snapshots = read_snapshots(self.storage, header)
         except Corrupt as corrupt:
-            census.complete = False
-            census.found.add(Finding(Problem.SNAPSHOT_TABLE, Grade.FATAL, place, detail=str(corrupt)))
+            # Its first cluster at least is in use, whatever it is worth.
+            self._claim(header.snapshots_offset, 1, place)
+            self._unreadable(Finding(Problem.SNAPSHOT_TABLE, Grade.FATAL, place, detail=str(corrupt)))
             return
         length_bytes = sum(
             align_up(40 + len(s.extra) + len((s.id + s.name).encode("utf-8", "surrogateescape")), 8) for s in self.snapshots
@@ -268,6 +269,12 @@ class _Surveyor:
                 census.found.add(Finding(Problem.SNAPSHOT_TABLE, Grade.HARMLESS, place, (number,), detail=detail))
             yield self._read_l1(snapshot.l1_offset, snapshot.l1_entries, f"snapshot {snapshot.id!a}: ")
 
+    def _unreadable(self, finding: Finding) -> None:
+        """A structure of unknown length is damaged: it may go on past the end of the file, should that grow."""
+        self.census.complete = False
+        self.census.found.add(finding)
+        self.census.note_past_end(self.census.size)
+
     def _read_bitmaps(self) -> None:
         """Count the clusters of the bitmaps, which are consistent as long as the autoclear bit says so."""
         census, pointer = self.census, self.header.bitmaps
@@ -277,8 +284,7 @@ class _Surveyor:
         try:
             entries = read_bitmap_directory(self.storage, pointer, self.geometry)
         except Corrupt as corrupt:
-            census.complete = False
-            census.found.add(Finding(Problem.BITMAP_DIRECTORY, Grade.FATAL, Kind.BITMAPS.value, detail=str(corrupt)))
+            self._unreadable(Finding(Problem.BITMAP_DIRECTORY, Grade.FATAL, Kind.BITMAPS.value, detail=str(corrupt)))
             return
         for entry in entries:
             name = f"bitmap {entry.name.decode('utf-8', 'surrogateescape')!a}"

@@ -68,7 +68,10 @@ class Writes:
         try:
             calls = self._vectors(targets, offset, data, wait=wait)
             for target in targets:
-                state.layout.check_data(target.host >> geometry.cluster_bits, 1)
+                cluster = target.host >> geometry.cluster_bits
+                state.layout.check_data(cluster, 1)
+                if not target.reserved:
+                    state.allocator.check_handed_out(cluster)
             state.committer.data_written = True
             for host, buffers in calls:
                 state.storage.writev(host, buffers, "data.write")

@@ -172,9 +172,9 @@ def repaired(data: bytes, mode: Mode = Mode.ALL) -> tuple[bytes, Report]:
 
 
 def fatal(report: Report) -> set[str]:
-    """The fatal findings. A structure that shares its cluster has either of two, as its count is too low or high enough."""
+    """The fatal findings. That a cluster has several owners shows in its count, its place or its flag: it is one fact here."""
     return {
-        f"{finding.problem.value} {finding.where}" if finding.cluster is None or finding.indices else f"on {finding.cluster}"
+        f"{finding.problem.value} {finding.where}" if finding.cluster is None else f"on {finding.cluster}"
         for finding in report.findings
         if finding.grade is Grade.FATAL
     }
