@@ -1,8 +1,8 @@
 """A server under load is killed with SIGKILL, whatever the shape of its image, and the image holds what clients were promised.
 
-Clients write, zero and discard tagged sectors through NBD, and keep account: what a flush has covered must be there, and every sector is a value
-that was written to it since then (crash contract, C2 and C3). The next round goes on with the image that the last one left.
-``COWFENCE_KILLS`` is the number of rounds; in CI a few.
+Clients write, zero and discard tagged sectors through NBD, and keep account: what a flush has covered must be there, and every
+sector is a value that was written to it since then (crash contract, C2 and C3). The next round goes on with the image that the
+last one left. ``COWFENCE_KILLS`` is the number of rounds; in CI a few.
 """
 
 from __future__ import annotations
