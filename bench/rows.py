@@ -58,8 +58,8 @@ def _shuffle(path: Path) -> None:
 
 def check(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
     peer = version_of("qemu-img")
-    # In random order the peer reads a refcount block for nearly every cluster: minutes for 1 TiB, so a sixteenth is taken.
-    for size, note, target in (("1T", "", 4.0), ("64G", "64 GiB of it, clusters in random order", 2.0)):
+    # In random order the peer reads a refcount block for nearly every cluster: minutes for 1 TiB, so a small part is taken.
+    for size, note, target in (("1T", "", 4.0), ("16G", "16 GiB of it, clusters in random order", 2.0)):
         image = _create(fast / "check.qcow2", size, "-o", "preallocation=metadata")
         if note:
             _shuffle(image)

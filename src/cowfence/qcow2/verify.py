@@ -277,7 +277,7 @@ class _Surveyor:
 
     def _read_bitmaps(self) -> None:
         """Count the clusters of the bitmaps, which are consistent as long as the autoclear bit says so."""
-        census, pointer = self.census, self.header.bitmaps
+        pointer = self.header.bitmaps
         assert pointer is not None  # parse_header: the autoclear bit needs the extension.
         if not self._claim(pointer.directory_offset, pointer.directory_bytes, Kind.BITMAPS.value):
             return
