@@ -57,7 +57,8 @@ def run_over_fault(scenario: Scenario, plan: FaultPlan) -> Recording | None:
 def test_crash_after_a_failed_call(name: str, model: Literal["kill", "power"]) -> None:
     scenario = scenarios()[name]
     assert fatal_findings(scenario.content) == []
-    for arrived in (Arrived.NOTHING, Arrived.HALF):
+    # What half a write leaves is one of the power model's own states.
+    for arrived in (Arrived.NOTHING,) if model == "power" else (Arrived.NOTHING, Arrived.HALF):
         nth = 0
         while True:
             nth += 1
