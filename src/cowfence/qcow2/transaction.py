@@ -291,11 +291,12 @@ class Committer:
             # All that LINK will point to is durable now.
             link_begun = True
             write_changes(self._storage, self._layout, frozen.stage(Stage.LINK))
+            self._fence("link.fence")
         except BaseException:
+            # Ctrl-C inside a fence comes here too: what may or may not be durable is done again.
             with self._lock:
                 self._pending.take_back(frozen, link_begun=link_begun)
             raise
-        self._fence("link.fence")
         # RECLAIM: nothing on disk leads to the old clusters any more.
         with self._lock:
             for table in frozen.tables:

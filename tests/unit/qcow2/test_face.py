@@ -245,6 +245,32 @@ def test_a_cluster_released_under_a_read_is_foreign_data(monkeypatch: pytest.Mon
     assert got == b"n" * CLUSTER
 
 
+def test_ctrl_c_inside_a_fence_loses_nothing() -> None:
+    """The commit is taken back and done again by the next flush."""
+    for mark in ("prepare.fence", "link.fence"):
+        storage = image()
+        interrupted: list[str] = []
+
+        def interrupt(_kind: Kind, called: str, mark: str = mark, interrupted: list[str] = interrupted) -> None:
+            if called == mark and not interrupted:
+                interrupted.append(called)
+                raise KeyboardInterrupt
+
+        disk = opened(FaultyStorage(storage, FaultPlan(on_call=interrupt)))
+        disk.write(0, b"kept")
+        with pytest.raises(KeyboardInterrupt):
+            disk.flush()
+        disk.write(CLUSTER, b"later")
+        disk.flush()
+        disk.discard(0, CLUSTER)
+        disk.write(2 * CLUSTER, b"last")
+        disk.close()
+        again = opened(MemoryStorage(storage.snapshot(), name="image"))
+        assert again.read(CLUSTER, 5) == b"later"
+        assert again.read(2 * CLUSTER, 4) == b"last"
+        assert again.read(0, 4) == bytes(4)
+
+
 def test_ranges_are_checked() -> None:
     disk = opened(image())
     for offset, length in ((-1, 1), (MIB, 1), (MIB - 1, 2), (1 << 70, 1)):
