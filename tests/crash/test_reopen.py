@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from cowfence.crash.explore import Recording, Runner, Verdicts, explore
-from cowfence.errors import CowfenceError
+from cowfence.errors import CowfenceError, ReadOnly
 from cowfence.qcow2.repair import Mode, repair
 from cowfence.storage.base import Storage
 from cowfence.storage.fault import FaultPlan, FaultyStorage, Kind
@@ -104,5 +104,8 @@ def test_a_failed_fence_is_not_called_again() -> None:
     for attempt in (disk.flush, lambda: disk.write(0, b"y" * CLUSTER), disk.flush):
         with pytest.raises(CowfenceError, match="fence failed"):
             attempt()
+    # Nobody may believe that a disk was closed well whose last writes are lost; the file is released all the same.
+    with pytest.raises(ReadOnly, match="fence failed"):
+        disk.close()
     disk.close()
     assert memory.snapshot() == before

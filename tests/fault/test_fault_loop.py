@@ -244,7 +244,8 @@ def check_broken(guest: Guest) -> None:
         with pytest.raises(ReadOnly, match="a fence failed"):
             attempt()
     assert len(disk.read(0, disk.size)) == disk.size
-    disk.close()
+    with pytest.raises(ReadOnly, match="a fence failed"):
+        disk.close()
     assert (guest.changes(), guest.plan.calls[Kind.FENCE]) == (changes, fences)
 
 

@@ -116,4 +116,6 @@ def test_error_that_is_raised_again_does_not_grow() -> None:
                     attempt()
                 lengths.add(len(caught.traceback))
             assert len(lengths) == 1
-        disk.close()
+        if kind is ReadOnly:
+            with pytest.raises(ReadOnly):
+                disk.close()

@@ -24,5 +24,8 @@ def test_a_write_in_place_past_the_end_is_refused(tmp_path: Path, host: int) -> 
         for data in (b"y" * 65536, b"y"):
             with pytest.raises(cowfence.Corrupt, match="past the end of the file"):
                 disk.write(0, data)
+            for wait in (False, True):
+                outcome = disk.submit([cowfence.Request(cowfence.Verb.WRITE, 0, len(data), data)], wait=wait)[0]
+                assert isinstance(outcome, cowfence.Corrupt)
         disk.write(65536, b"z" * 65536)
     assert path.stat().st_size < len(image) + (1 << 20)

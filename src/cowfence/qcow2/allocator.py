@@ -57,7 +57,7 @@ class Allocator:
         self._geometry = geometry
         self._pending = pending
         self._holes = holes
-        self._never_used = div_up(file_bytes, geometry.cluster_bytes)
+        self.never_used = div_up(file_bytes, geometry.cluster_bytes)
         """Clusters from here on were never handed out and lie past the end of the file as it was opened."""
         self._runs: deque[tuple[int, int]] = deque()
         """Free clusters found by scanning, as (first, end)."""
@@ -74,7 +74,7 @@ class Allocator:
     def check_handed_out(self, cluster: int) -> None:
         """Raise Corrupt for a cluster past the end of the file that was never handed out: no image leads there by right, and
         to write there would make the file as long as a hostile entry says, too long for any check."""
-        if cluster >= self._never_used:
+        if cluster >= self.never_used:
             offset = cluster << self._geometry.cluster_bits
             raise Corrupt(f"{self._name}: data cluster at offset {offset:#x}", "it lies past the end of the file")
 
@@ -137,12 +137,12 @@ class Allocator:
                 self._runs.appendleft((first + count, end))
                 end = first + count
             count -= end - first
-            border = min(max(first, self._never_used), end) if self._holes else end
+            border = min(max(first, self.never_used), end) if self._holes else end
             if border > first:
                 runs.append(Run(first, border - first, hole=False))
             if end > border:
                 runs.append(Run(border, end - border, hole=True))
-            self._never_used = max(self._never_used, end)
+            self.never_used = max(self.never_used, end)
         return runs
 
     def give_back(self, runs: list[Run]) -> None:
@@ -271,7 +271,7 @@ class Allocator:
             block = self._add_block(index + number, first + number)
             for at in range(min(per_block, used - number * per_block)):
                 block.set(at, 1)
-        self._never_used = max(self._never_used, first + used)
+        self.never_used = max(self.never_used, first + used)
 
     def _grow_table(self, more_blocks: int = 0) -> None:
         geometry = self._geometry

@@ -22,8 +22,6 @@ class TableCache(Generic[T]):
         self.limit = max(1, limit)
         self.tables: dict[int, T] = {}
         """Hot paths read this directly."""
-        self.hits = 0
-        self.misses = 0
 
     def get(self, index: int) -> T | None:
         table = self.tables.get(index)

@@ -198,7 +198,8 @@ class Qcow2Disk:
         while offset < end:
             piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
             for kind, start, run_bytes, host, _ in self._run(
-                lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait))  # type: ignore[misc]
+                lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait)),  # type: ignore[misc]
+                self._check,
             ):
                 if kind is RunKind.DATA:
                     yield Extent(start, run_bytes, zero=False, data=True, present=True, host_offset=host)
@@ -295,14 +296,18 @@ class Qcow2Disk:
         size, tables, kinds, committer = self._size, self._tables, state.layout.kinds, self._committer
         readv, writev = self._readv, state.storage.writev
         read, write = Verb.READ, Verb.WRITE
-        inline_writes = (
-            self._writable and self._features_settled and self._mode is not CacheMode.WRITETHROUGH and committer.broken is None
-        )
         later: list[int] = []
-        hits = 0
         with state.lock:
             if self._unready is not None:
                 return [self._unready] * len(requests)
+            # Looked at under the lock, like everything that a fence that fails or a close may change meanwhile.
+            inline_writes = (
+                self._writable
+                and self._features_settled
+                and self._mode is not CacheMode.WRITETHROUGH
+                and committer.broken is None
+            )
+            plain_end = state.allocator.never_used << bits
             for verb, offset, length_bytes, data, fua, _ in requests:
                 if verb is read:
                     within = offset & within_mask
@@ -318,7 +323,6 @@ class Qcow2Disk:
                                 try:
                                     if readv(host + within, (buffer,), wait=False) == length_bytes:
                                         outcomes.append(buffer)
-                                        hits += 1
                                         continue
                                 except CowfenceError:
                                     pass
@@ -330,20 +334,22 @@ class Qcow2Disk:
                         if table is not None:
                             entry = table.entries[cluster & l2_mask]
                             host = entry & OFFSET_MASK
-                            if host and entry & COPIED and not entry & not_plain and host >> bits not in kinds:
+                            copied = 0 < host < plain_end and entry & COPIED
+                            if copied and not entry & not_plain and host >> bits not in kinds:
                                 table.used = True
                                 committer.data_written = True
                                 try:
                                     writev(host + within, (data,), "data.write")
                                     outcomes.append(None)
-                                    hits += 1
                                     continue
+                                except NoSpace:
+                                    # The general path commits once and uses what that frees, before it reports it.
+                                    pass
                                 except CowfenceError as error:
                                     outcomes.append(as_outcome(error))
                                     continue
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
-            state.l2.hits += hits
             if later and inline_writes:
                 later = self._allocate_inline(requests, outcomes, later)
         if self._interval is not None and committer.data_written:
@@ -425,7 +431,7 @@ class Qcow2Disk:
         if not self._features_settled or self._mode is CacheMode.WRITETHROUGH:
             return False
         with self._lock:
-            self._check()
+            self._check_writable()
             try:
                 if verb is Verb.ZERO:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
@@ -439,17 +445,18 @@ class Qcow2Disk:
 
     # The loop around every plan
 
-    def _run(self, plan: Callable[[bool], T]) -> T:
+    def _run(self, plan: Callable[[bool], T], check: Callable[[], None]) -> T:
         """Carry out a plan under the lock; satisfy what it needs outside of it, and begin again.
 
-        ``plan`` gets whether it may wait under the lock: only when warming did not help three times.
+        ``plan`` gets whether it may wait under the lock: only when warming did not help three times. ``check`` raises where the
+        plan is not allowed any more: it is asked under the lock each time.
         """
         state = self._state
         attempts = 0
         while True:
             attempts += 1
             with state.lock:
-                self._check()
+                check()
                 try:
                     return plan(attempts > 3)
                 except Cold as cold:
@@ -485,12 +492,12 @@ class Qcow2Disk:
     def _mutate(self, plan: Callable[[bool], T]) -> T:
         """``_run`` for a change: when the host or the image has no space left, commit once and use what that frees."""
         try:
-            return self._run(plan)
+            return self._run(plan, self._check_writable)
         except NoSpace:
             if not self._state.pending.freed_clusters:
                 raise
         self._committer.commit()
-        return self._run(plan)
+        return self._run(plan, self._check_writable)
 
     def _end_ticket(self, ticket: int) -> None:
         with self._lock:
@@ -502,7 +509,9 @@ class Qcow2Disk:
     def close(self) -> None:
         """Commit, fence what was reclaimed, and release the files. In a forked child nothing is written or unlocked.
 
-        Calls that other threads are in come to their end first; later ones raise Closed.
+        Calls that other threads are in come to their end first; later ones raise Closed. The files are released in any case.
+        Raises what the last commit raises, and ReadOnly where a fence failed earlier: what came after it is lost, and somebody
+        has to hear of it even if the guest never flushed.
         """
         if self._unready is not None:
             return
@@ -514,7 +523,7 @@ class Qcow2Disk:
             self._interval.stop()
         self._state.tickets.wait_for_all()
         try:
-            if self._writable and self._committer.broken is None:
+            if self._writable:
                 self._committer.commit()
                 if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")

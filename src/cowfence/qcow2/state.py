@@ -93,12 +93,10 @@ class State:
         """
         table = self.l2.get(l1_index)
         if table is not None:
-            self.l2.hits += 1
             return table
         offset = self.l2_offset(l1_index)
         if offset is None:
             return None
-        self.l2.misses += 1
         room = self.l2.room_for(1)
         if cached and not room:
             raise NeedsCommit

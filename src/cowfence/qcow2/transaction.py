@@ -227,9 +227,8 @@ class Committer:
         self.broken: ReadOnly | None = None
         """Set when a fence failed: what the kernel still holds may never reach the disk, so nothing more is written."""
         self.fences = 0
-        self.commits = 0
 
-    def commit(self, *, join: bool = True) -> None:
+    def commit(self) -> None:
         """Everything done before this call is durable when it returns. Raises what failed; see ``Pending.take_back``.
 
         Joins a commit that another thread starts after this call, never one that was frozen before it.
@@ -238,7 +237,7 @@ class Committer:
             wanted = self._started + 1
             while self._running:
                 self._turn.wait()
-                if join and self._finished >= wanted:
+                if self._finished >= wanted:
                     return
             self._running = True
             self._started += 1
@@ -305,7 +304,6 @@ class Committer:
                 table.fresh = False
             for linked in frozen.on_linked:
                 linked()
-            self.commits += 1
             if frozen.freed:
                 self.unfenced_reclaim = True
         self._reclaimer.reclaim(frozen.freed)

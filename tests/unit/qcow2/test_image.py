@@ -19,7 +19,7 @@ import pytest
 from cowfence.crash.explore import tagged
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
-from cowfence.errors import Closed, CowfenceError, NoSpace, WouldBlock
+from cowfence.errors import Closed, CowfenceError, NoSpace, ReadOnly, WouldBlock
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
@@ -689,7 +689,8 @@ def test_nothing_reaches_the_host_after_a_failed_fence() -> None:
     changes = {kind: count for kind, count in plan.calls.items() if kind is not Kind.READ}
     gate.opened.set()
     reader.join(WAIT_SECONDS)
-    disk.close()
+    with pytest.raises(ReadOnly, match="a fence failed"):
+        disk.close()
     assert {kind: count for kind, count in plan.calls.items() if kind is not Kind.READ} == changes
 
 
