@@ -52,6 +52,10 @@ class TinyStorage:
             done += len(piece)
         return done
 
+    def read_cached(self, offset: int, length_bytes: int) -> bytes | bytearray:
+        buffer = bytearray(length_bytes)
+        return buffer[: self.readv(offset, (buffer,), wait=False)]
+
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         self._call("writev", mark)
         for buffer in buffers:

@@ -139,6 +139,20 @@ class StorageContract(ABC):
         assert got == 46
         assert buffer[:46] == (bytes(range(256)) * 16)[4050:]
 
+    def test_cached_bytes_are_the_files_or_it_says_so(self, make: MakeStorage) -> None:
+        content = bytes(range(256)) * 16
+        storage = make(content)
+        try:
+            # Twice: the first may find out what the host can do.
+            assert [storage.read_cached(at, 100) for at in (0, 10, 4050, 4096, 9999)] == [
+                content[at : at + 100] for at in (0, 10, 4050, 4096, 9999)
+            ]
+            assert storage.read_cached(10, 100) == content[10:110]
+            with pytest.raises(Invalid):
+                storage.read_cached(-1, 1)
+        except WouldBlock:
+            return
+
     def test_extents_cover_the_range_in_order_and_holes_read_as_zeros(self, make: MakeStorage) -> None:
         storage = make()
         storage.writev(300_000, (b"\xaa" * 5000,), "test")

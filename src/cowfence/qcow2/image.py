@@ -91,8 +91,7 @@ class Qcow2Disk:
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
         self._lock = state.lock
         self._tables = state.l2.tables
-        self._readv = storage.readv
-        self._scratch = bytearray()
+        self._read_cached = storage.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""
         self._bits, self._l1_shift = geometry.cluster_bits, geometry.l1_shift
@@ -174,13 +173,10 @@ class Qcow2Disk:
                     host = entry & OFFSET_MASK
                     if host and not entry & self._not_plain:
                         table.used = True
-                        scratch = self._scratch
-                        if len(scratch) != length_bytes:
-                            # Under the lock one buffer serves all: clearing a new one for each read costs as much as the copy.
-                            scratch = self._scratch = bytearray(length_bytes)
                         try:
-                            if self._readv(host + within, (scratch,), wait=False) == length_bytes:
-                                return bytes(scratch)
+                            data = self._read_cached(host + within, length_bytes)
+                            if len(data) == length_bytes:
+                                return bytes(data)
                         except WouldBlock:
                             pass
         self._check_range(offset, length_bytes)
@@ -294,7 +290,7 @@ class Qcow2Disk:
         bits, l2_bits, within_mask = self._bits, state.geometry.l2_bits, self._within_mask
         cluster_bytes, l2_mask, not_plain = self._cluster_bytes, self._l2_mask, self._not_plain
         size, tables, kinds, committer = self._size, self._tables, state.layout.kinds, self._committer
-        readv, writev = self._readv, state.storage.writev
+        read_cached, writev = self._read_cached, state.storage.writev
         read, write = Verb.READ, Verb.WRITE
         later: list[int] = []
         with state.lock:
@@ -319,10 +315,10 @@ class Qcow2Disk:
                             host = entry & OFFSET_MASK
                             if host and not entry & not_plain:
                                 table.used = True
-                                buffer = bytearray(length_bytes)
                                 try:
-                                    if readv(host + within, (buffer,), wait=False) == length_bytes:
-                                        outcomes.append(buffer)
+                                    answer = read_cached(host + within, length_bytes)
+                                    if len(answer) == length_bytes:
+                                        outcomes.append(answer)
                                         continue
                                 except CowfenceError:
                                     pass

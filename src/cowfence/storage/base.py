@@ -60,6 +60,13 @@ class Storage(Protocol):
         """
         ...
 
+    def read_cached(self, offset: int, length_bytes: int) -> bytes | bytearray:
+        """Up to ``length_bytes`` from ``offset`` that stand in the host's page cache, fewer only at the end of the file.
+
+        For many small reads: one call, no buffer to prepare. Raises ``WouldBlock`` where they do not.
+        """
+        ...
+
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         """Write all bytes of the buffers in turn at ``offset``, growing the file where needed. Not durable before a fence."""
         ...

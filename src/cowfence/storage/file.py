@@ -26,7 +26,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from os import preadv, pwritev
+from os import pread, preadv, pwritev
 from typing import Final
 
 from cowfence.errors import Closed, CowfenceError, Invalid, NoSpace, ReadOnly, Refused, Unsupported, WouldBlock, from_os_error
@@ -184,6 +184,16 @@ class FileStorage:
         if got == (len(buffers[0]) if count == 1 else sum(map(len, buffers))):
             return got
         return self._read_on(offset, buffers, got, wait)
+
+    def read_cached(self, offset: int, length_bytes: int) -> bytes | bytearray:
+        if self._no_wait_flag or offset < 0:
+            buffer = bytearray(length_bytes)
+            got = self.readv(offset, (buffer,), wait=False)
+            return buffer if got == length_bytes else buffer[:got]
+        try:
+            return pread(self._fd, length_bytes, offset)
+        except OSError as exc:
+            raise self._failed("read", offset, exc) from exc
 
     def _read_on(self, offset: int, buffers: Sequence[WritableBuffer], done: int, wait: bool) -> int:
         """Fill what is left of the buffers after ``done`` bytes; returns all bytes read."""

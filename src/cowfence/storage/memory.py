@@ -48,6 +48,11 @@ class MemoryStorage:
             done += len(piece)
         return done
 
+    def read_cached(self, offset: int, length_bytes: int) -> bytes | bytearray:
+        self._require_open()
+        _require_offset(self.name, offset)
+        return self._data[offset : offset + length_bytes]
+
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         data = self._changeable()
         _require_offset(self.name, offset)

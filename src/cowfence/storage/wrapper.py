@@ -31,6 +31,12 @@ class StorageWrapper:
     def readv(self, offset: int, buffers: Sequence[WritableBuffer], *, wait: bool = True) -> int:
         return self.inner.readv(offset, buffers, wait=wait)
 
+    def read_cached(self, offset: int, length_bytes: int) -> bytes | bytearray:
+        # Through our own ``readv``, so that a wrapper that watches reads sees these too.
+        buffer = bytearray(length_bytes)
+        got = self.readv(offset, (buffer,), wait=False)
+        return buffer if got == length_bytes else buffer[:got]
+
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         self.inner.writev(offset, buffers, mark)
 
