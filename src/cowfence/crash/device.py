@@ -1,227 +1,197 @@
-"""The device models: which contents a file may have after a crash, given the log of what was done to it.
+"""What the device models share: contents that are a base and what differs from it, and a log that is walked.
 
-*Kill*: every completed call survives; the call in flight survives up to any 4 KiB page. *Power*: since the last fence that
-covers it, every version of a 512-byte sector is kept, and a state picks one version of each sector independently, and one of
-the lengths that the file had. A fence covers the calls that had returned before it was called. A sector never tears.
+A model is fed the log, one operation after the other. At each operation it gives the states that contain something of this
+very operation; the others were given at an earlier point. ``settle`` gives all states of the present instant again: a flush
+has returned, and the same states must now satisfy more.
 
-Both are enumerated along the log. At each operation only the states that contain something of this very operation are new;
-the others were given at an earlier point. ``settle`` gives all states of the present instant again: a flush has returned, and
-the same states must now satisfy more. While the product of the choices is at most ``limit`` the enumeration is exhaustive;
-above it come all states that deviate from "everything arrived" or "nothing arrived" in up to two places, and a seeded sample;
-``sampled`` counts how often that was so.
+A state is not composed until somebody asks for its bytes: it is a base and the units that differ from it, and its ``key`` is
+the exclusive or of hashes of (file, unit, bytes), so that the same content has the same key wherever it comes up.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Final, NamedTuple, TypeAlias
 
-from cowfence.storage.oplog import Discard, Fence, Operation, Truncate, Write, Zero
-from cowfence.units import SECTOR_BYTES
+from cowfence.storage.oplog import Discard, Operation, Write, Zero
 
-_PAGE_BYTES = 4096
-
-
-class CrashState(NamedTuple):
-    """A content that the file may have. ``lost``: what of the log it lacks, or has out of order, for a report."""
-
-    content: bytes
-    lost: tuple[str, ...]
+PAGE_BYTES: Final = 4096
+Unit: TypeAlias = tuple[str, int]
+"""(file, number of the unit in it)."""
 
 
-def _touched(operation: Operation, length: int) -> Iterator[tuple[int, bytes]]:
-    """The sectors that an operation changes, with their whole new bytes; ``None`` parts are left to the caller."""
-    if isinstance(operation, Write):
-        offset, data = operation.offset, operation.data
-    elif isinstance(operation, Zero | Discard):
-        offset, data = operation.offset, bytes(operation.length_bytes)
-        if isinstance(operation, Discard):
-            data = data[: max(0, length - offset)]
-    else:
-        return
-    at = 0
-    while at < len(data):
-        sector = (offset + at) // SECTOR_BYTES
-        within = (offset + at) % SECTOR_BYTES
-        piece = min(SECTOR_BYTES - within, len(data) - at)
-        yield sector * SECTOR_BYTES + within, data[at : at + piece]
-        at += piece
+@lru_cache(maxsize=64)
+def _salt(file: str) -> bytes:
+    return blake2b(file.encode(), digest_size=8).digest()
 
 
-class KillModel:
-    """States after a killed process, for one file and a log of one thread."""
+def _hash(unit: Unit, data: bytes) -> int:
+    # Without the zeros at the end: a unit that the end of the file cuts counts as filled up with them.
+    data = data.rstrip(b"\0")
+    return int.from_bytes(blake2b(data, digest_size=16, salt=_salt(unit[0]) + unit[1].to_bytes(8, "big")).digest(), "big")
 
-    def __init__(self, initial: bytes) -> None:
-        self._content = bytearray(initial)
+
+class Version:
+    """Bytes that a unit had at some time. ``position``: of the operation that wrote them; -1: there before the log."""
+
+    __slots__ = ("data", "key", "mark", "position")
+
+    def __init__(self, unit: Unit, data: bytes, mark: str, position: int) -> None:
+        self.data = data
+        self.key = _hash(unit, data)
+        self.mark = mark
+        self.position = position
+
+
+class Choice(NamedTuple):
+    """What a state holds of one unit: ``versions[held]``; the first is durable, the last is the newest."""
+
+    unit: Unit
+    versions: Sequence[Version]
+    held: int
+
+
+class Base:
+    """One file's bytes, with the keys of its units as far as they were asked for."""
+
+    __slots__ = ("content", "file", "keys", "unit_bytes")
+
+    def __init__(self, file: str, content: bytes, unit_bytes: int) -> None:
+        self.file = file
+        self.content = bytearray(content)
+        self.unit_bytes = unit_bytes
+        self.keys: dict[int, int] = {}
+
+    def unit(self, number: int) -> bytes:
+        start = number * self.unit_bytes
+        return bytes(self.content[start : start + self.unit_bytes]).ljust(self.unit_bytes, b"\0")
+
+    def key(self, number: int) -> int:
+        key = self.keys.get(number)
+        if key is None:
+            key = self.keys[number] = _hash((self.file, number), self.unit(number))
+        return key
+
+    def put(self, number: int, data: bytes) -> None:
+        """Set one unit, growing the content where needed."""
+        start = number * self.unit_bytes
+        if start > len(self.content):
+            self.content.extend(bytes(start - len(self.content)))
+        self.content[start : start + self.unit_bytes] = data
+        self.keys.pop(number, None)
+
+
+class CrashState:
+    """Contents that the files may have. Valid until the model goes on; ``contents`` takes them out for good."""
+
+    __slots__ = ("_choices", "bases", "key", "lengths", "overrides")
+
+    def __init__(
+        self,
+        key: tuple[int, tuple[int, ...]],
+        bases: Mapping[str, Base],
+        overrides: Mapping[Unit, Version],
+        lengths: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> None:
+        self.key = key
+        self.bases = bases
+        self.overrides = overrides
+        self.lengths = lengths
+        self._choices = choices
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Everything about which there was a choice, in order of its place."""
+        return [choice for choice in self._choices if len(choice.versions) > 1]
+
+    def unit_key(self, unit: Unit) -> int:
+        version = self.overrides.get(unit)
+        return version.key if version is not None else self.bases[unit[0]].key(unit[1])
+
+    def unit_data(self, unit: Unit) -> bytes:
+        """The bytes of a unit, zeros where the file has ended."""
+        base = self.bases[unit[0]]
+        version = self.overrides.get(unit)
+        data = version.data if version is not None else base.unit(unit[1])
+        left = self.lengths[unit[0]] - unit[1] * base.unit_bytes
+        return data[:left].ljust(base.unit_bytes, b"\0") if left < len(data) else data.ljust(base.unit_bytes, b"\0")
+
+    def contents(self) -> dict[str, bytes]:
+        """The bytes of each file."""
+        whole = {}
+        for file, base in self.bases.items():
+            length = self.lengths[file]
+            content = bytearray(base.content[:length])
+            content.extend(bytes(length - len(content)))
+            for (owner, number), version in self.overrides.items():
+                start = number * base.unit_bytes
+                if owner == file and start < length:
+                    content[start : start + base.unit_bytes] = version.data[: length - start]
+            whole[file] = bytes(content)
+        return whole
+
+    def lost(self) -> tuple[str, ...]:
+        """What the state lacks of all that was written, by mark and place."""
+        return tuple(
+            f"{choice.versions[-1].mark} at {choice.unit[1] * self.bases[choice.unit[0]].unit_bytes:#x}"
+            for choice in self.choices
+            if choice.held < len(choice.versions) - 1
+        )
+
+
+class Device(ABC):
+    """What both models share: the bytes as they are when everything has arrived."""
+
+    def __init__(self, initial: Mapping[str, bytes], *, limit: int, seed: int, unit_bytes: int) -> None:
+        self.unit_bytes = unit_bytes
+        self.bases = {file: Base(file, content, unit_bytes) for file, content in initial.items()}
         self.sampled = 0
-
-    def issue(self, position: int, operation: Operation) -> Iterator[CrashState]:  # noqa: ARG002 - same shape as PowerModel
-        """An operation begins: the states in which it was cut at a page."""
-        if not isinstance(operation, Write):
-            return
-        start, end = operation.offset, operation.offset + len(operation.data)
-        cut = (start // _PAGE_BYTES + 1) * _PAGE_BYTES
-        while cut < end:
-            content = bytearray(self._content)
-            _apply(content, start, operation.data[: cut - start])
-            yield CrashState(bytes(content), (f"{operation.mark} cut at {cut:#x}",))
-            cut += _PAGE_BYTES
-
-    def done(self, operation: Operation, issued: int) -> Iterator[CrashState]:  # noqa: ARG002
-        """It has returned: the one state in which it is whole."""
-        if isinstance(operation, Truncate):
-            del self._content[operation.size_bytes :]
-            self._content.extend(bytes(operation.size_bytes - len(self._content)))
-        for offset, data in _touched(operation, len(self._content)):
-            _apply(self._content, offset, data)
-        if not isinstance(operation, Fence):
-            yield CrashState(bytes(self._content), ())
-
-    def settle(self) -> Iterator[CrashState]:
-        yield CrashState(bytes(self._content), ())
-
-
-def _apply(content: bytearray, offset: int, data: bytes) -> None:
-    if offset > len(content):
-        content.extend(bytes(offset - len(content)))
-    content[offset : offset + len(data)] = data
-
-
-@dataclass(slots=True)
-class _Version:
-    issued: int
-    data: bytes
-    mark: str
-    done: int | None = None
-
-
-@dataclass(slots=True)
-class _Sector:
-    base: bytes
-    versions: list[_Version] = field(default_factory=list)
-
-
-class PowerModel:
-    """States after a power cut, for one file."""
-
-    def __init__(self, initial: bytes, *, limit: int = 4096, seed: int = 0) -> None:
-        self._durable = bytearray(initial)
-        self._current = bytearray(initial)
-        self._sectors: dict[int, _Sector] = {}
-        self._lengths: list[tuple[int, int]] = [(-1, len(initial))]
-        """(issued at, length): the durable one first."""
-        self._ends: dict[int, int] = {}
-        self._clock = 0
+        """At how many instants the states were a sample."""
         self._limit = limit
         self._random = random.Random(seed)
-        self.sampled = 0
+        self._key = 0
+        """The key of the bases, relative to how they were at first."""
 
+    @abstractmethod
     def issue(self, position: int, operation: Operation) -> Iterator[CrashState]:
         """An operation begins: the states that hold some of it."""
-        self._clock = max(self._clock, position)
-        if isinstance(operation, Fence):
-            return
-        before = len(self._current)
-        if isinstance(operation, Truncate):
-            size = operation.size_bytes
-            del self._current[size:]
-            self._current.extend(bytes(size - len(self._current)))
-            for sector in range(size // SECTOR_BYTES, -(-before // SECTOR_BYTES)):
-                self._version(position, sector, operation.mark)
-        for offset, data in _touched(operation, len(self._current)):
-            _apply(self._current, offset, data)
-            self._version(position, offset // SECTOR_BYTES, operation.mark)
-        if len(self._current) != before:
-            self._lengths.append((position, len(self._current)))
-        yield from self._states(newest=position)
 
-    def _version(self, position: int, number: int, mark: str) -> None:
-        start = number * SECTOR_BYTES
-        data = bytes(self._current[start : start + SECTOR_BYTES]).ljust(SECTOR_BYTES, b"\0")
-        sector = self._sectors.get(number)
-        if sector is None:
-            base = bytes(self._durable[start : start + SECTOR_BYTES]).ljust(SECTOR_BYTES, b"\0")
-            sector = self._sectors[number] = _Sector(base)
-        last = sector.versions[-1].data if sector.versions else sector.base
-        if data != last:
-            sector.versions.append(_Version(position, data, mark))
+    @abstractmethod
+    def done(self, position: int, issued: int, operation: Operation, *, failed: bool) -> Iterator[CrashState]:
+        """It has returned."""
 
-    def done(self, operation: Operation, issued: int) -> Iterator[CrashState]:
-        """It has returned. A fence makes durable what had returned before it was issued."""
-        self._ends[issued] = self._clock = self._clock + 1
-        if isinstance(operation, Fence):
-            self._fence(issued)
-        yield from ()
-
-    def _fence(self, issued: int) -> None:
-        for number in list(self._sectors):
-            sector = self._sectors[number]
-            covered = [version for version in sector.versions if version.issued < issued and version.issued in self._ends]
-            if covered:
-                start = number * SECTOR_BYTES
-                _apply(self._durable, start, covered[-1].data)
-                sector.base = covered[-1].data
-                sector.versions = [version for version in sector.versions if version not in covered]
-            if not sector.versions:
-                del self._sectors[number]
-        covered_lengths = [entry for entry in self._lengths if entry[0] < issued]
-        if covered_lengths:
-            self._lengths = [(-1, covered_lengths[-1][1])] + [entry for entry in self._lengths if entry[0] >= issued]
-
+    @abstractmethod
     def settle(self) -> Iterator[CrashState]:
         """All states of the present instant."""
-        yield from self._states(newest=None)
 
-    def _states(self, newest: int | None) -> Iterator[CrashState]:
-        numbers = sorted(self._sectors)
-        choices = [len(self._sectors[number].versions) + 1 for number in numbers] + [len(self._lengths)]
-        product = 1
-        for count in choices:
-            product *= count
-        picks: Iterator[tuple[int, ...]]
-        if product <= self._limit:
-            picks = itertools.product(*(range(count) for count in choices))
-        else:
-            self.sampled += 1
-            picks = self._sample(choices)
-        for pick in picks:
-            if newest is None or self._has(numbers, pick, newest):
-                yield self._compose(numbers, pick)
+    def _put(self, unit: Unit, data: bytes) -> None:
+        base = self.bases[unit[0]]
+        before = base.key(unit[1])
+        base.put(unit[1], data)
+        self._key ^= before ^ base.key(unit[1])
 
-    def _has(self, numbers: list[int], pick: tuple[int, ...], newest: int) -> bool:
-        for number, choice in zip(numbers, pick, strict=False):
-            if choice and self._sectors[number].versions[choice - 1].issued == newest:
-                return True
-        return self._lengths[pick[-1]][0] == newest
 
-    def _sample(self, choices: list[int]) -> Iterator[tuple[int, ...]]:
-        for corner in ([0] * len(choices), [count - 1 for count in choices]):
-            for first, second in itertools.combinations(range(len(choices)), 2):
-                for a in range(choices[first]):
-                    for b in range(choices[second]):
-                        pick = list(corner)
-                        pick[first], pick[second] = a, b
-                        yield tuple(pick)
-        for _ in range(self._limit):
-            yield tuple(self._random.randrange(count) for count in choices)
+def pieces(operation: Operation, length_bytes: int) -> tuple[int, bytes] | None:
+    """The bytes that a write, zero or discard puts, and where; ``length_bytes``: of the file then. None for others."""
+    if isinstance(operation, Write):
+        return operation.offset, operation.data
+    if isinstance(operation, Zero):
+        return operation.offset, bytes(operation.length_bytes)
+    if isinstance(operation, Discard):
+        return operation.offset, bytes(max(0, min(operation.length_bytes, length_bytes - operation.offset)))
+    return None
 
-    def _compose(self, numbers: list[int], pick: tuple[int, ...]) -> CrashState:
-        length = self._lengths[pick[-1]][1]
-        content = bytearray(self._durable[:length])
-        content.extend(bytes(length - len(content)))
-        lost: list[str] = []
-        for number, choice in zip(numbers, pick, strict=False):
-            sector = self._sectors[number]
-            start = number * SECTOR_BYTES
-            if start >= length:
-                continue
-            data = sector.versions[choice - 1].data if choice else sector.base
-            content[start : start + SECTOR_BYTES] = data[: length - start]
-            if choice < len(sector.versions):
-                lost.append(f"{sector.versions[-1].mark} at {start:#x}")
-        if pick[-1] < len(self._lengths) - 1:
-            lost.append(f"length {length:#x}")
-        return CrashState(bytes(content), tuple(lost))
+
+def cut_into_units(offset: int, data: bytes, unit_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+    """(unit number, offset within it, bytes) for each unit that the bytes touch."""
+    at = 0
+    while at < len(data):
+        number, within = divmod(offset + at, unit_bytes)
+        piece = data[at : at + unit_bytes - within]
+        yield number, within, piece
+        at += len(piece)

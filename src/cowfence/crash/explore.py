@@ -1,252 +1,238 @@
-"""Run a guest's script over a recorded image, then judge every state that a crash could leave.
+"""Walk the log of a run through a device model, and judge every state that a crash could leave.
 
-``Script`` is a list of guest operations. ``record`` carries it out on an engine and gives the log, in which the guest's
-acknowledgements stand between the operations of the file. ``explore`` walks the log through a device model and judges each
-distinct state once: it opens, its structure is sound, and each sector of the guest's disk holds what it may hold.
+Each distinct state is judged once for each change of what the guest may find. A violation keeps what is needed to make it
+smaller and to say it in a sentence (see ``witness``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from cowfence.crash.device import CrashState, KillModel, PowerModel
+from cowfence.crash.device import CrashState, Device
+from cowfence.crash.judge import Judge, Seen, Subject
+from cowfence.crash.kill import KillModel
 from cowfence.crash.model import GuestModel
-from cowfence.crash.structure import fatal_findings
-from cowfence.disk.base import BLOCKED, Disk, Request, Verb
-from cowfence.errors import CowfenceError
-from cowfence.storage.memory import MemoryStorage
-from cowfence.storage.oplog import Done, Entry, Note, OpLog
-from cowfence.storage.record import RecordingStorage
-from cowfence.units import SECTOR_BYTES
+from cowfence.crash.oracles import ALL, Oracle, Verdict
+from cowfence.crash.power import PowerModel
+from cowfence.crash.runner import Recording
+from cowfence.crash.structure import inspect
+from cowfence.crash.witness import Witness
+from cowfence.storage.oplog import Done, Note
 
-
-class Step(NamedTuple):
-    """One operation of a guest. Offsets and lengths in bytes, multiples of 512.
-
-    ``kill``: the process is killed and the image opened again; what it wrote stands in the page cache only.
-    """
-
-    verb: Literal["write", "zero", "keep_zero", "discard", "flush", "kill"]
-    offset: int = 0
-    length_bytes: int = 0
-
-
-Opener: TypeAlias = Callable[[RecordingStorage | MemoryStorage, bool], Disk]
-"""(image file, writable) -> disk. Injected, so that the explorer knows no format but by its judge of structure."""
-
-
-def tagged(offset: int, length_bytes: int, serial: int) -> bytes:
-    """Data whose every sector names its place and its write, so that foreign bytes show."""
-    sectors = []
-    for sector in range(offset // SECTOR_BYTES, (offset + length_bytes) // SECTOR_BYTES):
-        sectors.append(f"sector {sector} write {serial} ".encode().ljust(SECTOR_BYTES, b"."))
-    return b"".join(sectors)
-
-
-@dataclass(slots=True)
-class Recording:
-    """A run: the file before, the guest's bytes before, and the log."""
-
-    initial: bytes
-    guest: bytes
-    entries: Sequence[Entry]
+Model: TypeAlias = Literal["kill", "power", "power4096"]
+MODELS: Final[tuple[Model, ...]] = ("kill", "power", "power4096")
 
 
 @dataclass(slots=True)
 class Violation:
-    """A state that breaks the contract. ``after``: the last operation of the log before the crash."""
+    """A state that breaks the contract. ``after``: the mark of the last operation of the log before the crash; ``position``: of
+    the log's last entry; ``number``: how many states of this walk came before it."""
 
-    clause: str
-    what: str
+    verdict: Verdict
+    model: Model
     position: int
+    number: int
     after: str
-    lost: tuple[str, ...]
-    content: bytes = field(repr=False)
+    witness: Witness = field(repr=False)
+
+    @property
+    def clause(self) -> str:
+        return self.verdict.clause
 
     def __str__(self) -> str:
-        missing = ", ".join(self.lost) if self.lost else "nothing"
-        return f"{self.clause}: {self.what} (crash after {self.after!r}, entry {self.position}; not arrived: {missing})"
-
-
-class Runner:
-    """Carries a script out and notes the guest's side. ``during`` may run steps inside a fence (the interleaved model)."""
-
-    def __init__(self, content: bytes, opener: Opener) -> None:
-        self.log = OpLog()
-        self._opener = opener
-        self.memory = MemoryStorage(content, name="image")
-        self.storage = RecordingStorage(self.memory, self.log, "image")
-        self.disk = opener(self.storage, True)
-        self._serial = 0
-
-    def step_inside(self, step: Step) -> None:
-        """A step inside a call of another (the interleaved model): carried out only if it needs no commit of its own.
-
-        One thread runs both, so a step that had to wait for the outer commit would wait for ever.
-        """
-        self._serial += 1
-        verb, offset, length_bytes = step
-        if verb == "discard":
-            self.log.note("discard.begin", offset=offset, length_bytes=length_bytes)
-            request = Request(Verb.DISCARD, offset, length_bytes)
-        else:
-            data = tagged(offset, length_bytes, self._serial) if verb == "write" else bytes(length_bytes)
-            self.log.note("write.begin", offset=offset, data=data)
-            verbs = {"write": Verb.WRITE, "zero": Verb.ZERO, "keep_zero": Verb.ZERO}
-            request = Request(verbs[verb], offset, length_bytes, data, unmap=verb == "zero")
-        outcome = self.disk.submit([request], wait=False)[0]
-        self.log.note("withdrawn" if outcome is BLOCKED else "end")
-
-    def step(self, step: Step) -> None:
-        verb, offset, length_bytes = step
-        if verb == "flush":
-            self.log.note("flush.begin")
-            self.disk.flush()
-            self.log.note("flush.end")
-        elif verb == "kill":
-            self.memory = MemoryStorage(self.memory.snapshot(), name="image")
-            self.storage = RecordingStorage(self.memory, self.log, "image")
-            self.disk = self._opener(self.storage, True)
-            self.log.note("reopened", data=self.disk.read(0, self.disk.size))
-        elif verb == "discard":
-            self.log.note("discard.begin", offset=offset, length_bytes=length_bytes)
-            self.disk.discard(offset, length_bytes)
-            self.log.note("end")
-        else:
-            self._serial += 1
-            data = tagged(offset, length_bytes, self._serial) if verb == "write" else bytes(length_bytes)
-            self.log.note("write.begin", offset=offset, data=data)
-            if verb == "write":
-                self.disk.write(offset, data)
-            else:
-                self.disk.zero(offset, length_bytes, unmap=verb == "zero")
-            self.log.note("end")
-
-
-def record(content: bytes, script: Sequence[Step], opener: Opener, guest: bytes) -> Recording:
-    """Carry ``script`` out on the image in ``content``, whose guest bytes are ``guest``."""
-    runner = Runner(content, opener)
-    for step in script:
-        runner.step(step)
-    return Recording(content, guest, runner.log.entries())
+        lost = ", ".join(self.witness.lost()) or "nothing"
+        return f"{self.clause}: {self.verdict.what} (crash after {self.after!r}, entry {self.position}; not arrived: {lost})"
 
 
 @dataclass(slots=True)
 class Verdicts:
-    """What exploring gave. ``states``: judged; ``distinct``: of them with contents not seen before."""
+    """What a walk found. ``states``: enumerated; ``distinct``: different contents, each with its verdict; ``looks``: verdicts
+    that needed a look of their own (the others read the very same bytes); ``sampled``: instants at which the states were too
+    many to enumerate all."""
 
     states: int = 0
     distinct: int = 0
+    looks: int = 0
+    instants: int = 0
     sampled: int = 0
+    seconds: float = 0.0
     violations: list[Violation] = field(default_factory=list)
+    per_point: dict[int, int] = field(default_factory=dict)
+    """States judged by position in the log."""
+
+    @property
+    def exhaustive(self) -> bool:
+        return not self.sampled
 
 
-class Judge:
-    """Judges contents, each distinct one once."""
+def device_of(model: Model, recording: Recording, *, limit: int, seed: int) -> Device:
+    """The device model by its name."""
+    if model == "kill":
+        return KillModel(recording.initial, limit=limit, seed=seed)
+    return PowerModel(recording.initial, limit=limit, seed=seed, unit_bytes=4096 if model == "power4096" else 512)
 
-    def __init__(self, opener: Opener, *, contents: bool = True) -> None:
-        self._opener = opener
-        self._contents = contents
-        self._seen: dict[bytes, tuple[list[str], bytes | str]] = {}
-        self._judged: set[tuple[bytes, int]] = set()
 
-    def judge(self, state: CrashState, model: GuestModel, verdicts: Verdicts) -> tuple[str, str] | None:
-        """The first clause that the state breaks, and how; None where it keeps them all."""
-        key = (state.content, model.changes)
-        verdicts.states += 1
-        if key in self._judged:
+class Walk:
+    """One walk of one recording. ``start``: states before this position were judged elsewhere."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        model: Model,
+        subject: Subject,
+        *,
+        oracles: Sequence[Oracle] = ALL,
+        live: bool = True,
+        limit: int = 4096,
+        seed: int = 0,
+        stop_at: int = 1,
+        start: int = 0,
+        deadline: float | None = None,
+        device: Device | None = None,
+    ) -> None:
+        self._recording = recording
+        self._model: Model = model
+        self._subject = subject
+        self._oracles = oracles
+        self._stop_at = stop_at
+        self._start = start
+        self._deadline = deadline
+        self._device = device if device is not None else device_of(model, recording, limit=limit, seed=seed)
+        structure = inspect(recording.initial[subject.image])
+        self.guest = GuestModel(
+            recording.guest,
+            facts={name: (value,) for name, value in structure.facts.items()},
+            cluster_bytes=1 << int.from_bytes(recording.initial[subject.image][20:24], "big"),
+            leaks_before=structure.leaks,
+        )
+        self._judge = Judge(subject, recording.guest, unit_bytes=self._device.unit_bytes, live=live)
+        self._tokens: dict[int, int] = {}
+        self._known: set[tuple[object, int]] = set()
+        self._distinct: set[object] = set()
+        self.result = Verdicts()
+
+    def run(self) -> Verdicts:
+        """Walk to the end, to ``stop_at`` violations, or to the deadline."""
+        began = time.perf_counter()
+        entries, result = self._recording.entries, self.result
+        after = "the start"
+        for position, entry in enumerate(entries):
+            states: Iterator[CrashState]
+            if isinstance(entry, Note):
+                states = self._note(position, entry)
+            elif isinstance(entry, Done):
+                operation = entries[entry.position]
+                assert not isinstance(operation, Note | Done)
+                states = self._device.done(position, entry.position, operation, failed=entry.failed)
+            else:
+                after = entry.mark
+                states = self._device.issue(position, entry)
+            if position < self._start:
+                self._pass(states)
+                continue
+            count = 0
+            for state in states:
+                count += 1
+                verdict = self._verdict(state)
+                if verdict is not None:
+                    result.violations.append(self._violation(state, verdict, position, after))
+                    if len(result.violations) >= self._stop_at:
+                        return self._finish(began)
+            if count:
+                result.instants += 1
+                result.per_point[position] = count
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                break
+        return self._finish(began)
+
+    def _finish(self, began: float) -> Verdicts:
+        result = self.result
+        result.sampled, result.looks = self._device.sampled, self._judge.looks
+        result.seconds = time.perf_counter() - began
+        return result
+
+    @staticmethod
+    def _pass(states: Iterator[CrashState]) -> None:
+        """Let the model go on without its states: the first step of its generator is what changes it."""
+        next(states, None)
+
+    def _verdict(self, state: CrashState) -> Verdict | None:
+        result = self.result
+        result.states += 1
+        version = self.guest.changes
+        if (state.key, version) in self._known:
             return None
-        self._judged.add(key)
-        seen = self._seen.get(state.content)
-        if seen is None:
-            verdicts.distinct += 1
-            seen = self._seen[state.content] = self._look(state.content, model.size)
-        findings, guest = seen
-        if isinstance(guest, str):
-            return "C1", guest
-        if self._contents:
-            wrong = model.wrong_sectors(guest)
-            if wrong:
-                got = guest[wrong[0] * SECTOR_BYTES :][:32].split(b".")[0]
-                return "C3", f"guest sector {wrong[0]} holds {got!r}"
-        if findings:
-            return "C5", findings[0]
-        return None
+        self._known.add((state.key, version))
+        if state.key not in self._distinct:
+            self._distinct.add(state.key)
+            result.distinct += 1
+        return judge_with(self._oracles, self._judge.look(state), self.guest)
 
-    def _look(self, content: bytes, size: int) -> tuple[list[str], bytes | str]:
-        try:
-            findings = fatal_findings(content)
-            disk = self._opener(MemoryStorage(content, name="state", writable=False), False)
-            return findings, disk.read(0, size)
-        except CowfenceError as error:
-            return [], str(error)
+    def _violation(self, state: CrashState, verdict: Verdict, position: int, after: str) -> Violation:
+        witness = Witness.of(state, copy.deepcopy(self.guest), self._device.unit_bytes)
+        return Violation(verdict, self._model, position, self.result.states, after, witness)
 
+    def _note(self, position: int, note: Note) -> Iterator[CrashState]:
+        """Tell the guest's model; where less is allowed from now on, all states of the instant are judged again."""
+        guest, fields, tokens = self.guest, note.fields, self._tokens
+        of = fields.get("of")
+        token = tokens.pop(of, None) if isinstance(of, int) and note.event != "end" else tokens.get(of)  # type: ignore[arg-type]
+        event = note.event
+        if event == "write.begin":
+            data = fields["data"]
+            assert isinstance(data, bytes)
+            tokens[position] = guest.begin_write(_number(fields["offset"]), data)
+        elif event == "discard.begin":
+            tokens[position] = guest.begin_discard(_number(fields["offset"]), _number(fields["length_bytes"]))
+        elif event == "flush.begin":
+            tokens[position] = -1 - guest.begin_flush()
+        elif event == "end" and token is not None:
+            if token < 0:
+                guest.end_flush(-1 - token)
+                return self._device.settle()
+            guest.end(token)
+        elif event == "durable" and token is not None:
+            guest.end_durable(token)
+            return self._device.settle()
+        elif event == "withdrawn" and token is not None and token >= 0:
+            guest.withdraw(token)
+        elif event == "reopened":
+            data = fields["data"]
+            assert isinstance(data, bytes)
+            guest.reopen(data)
+        elif event == "read.end":
+            self._judge_read(position, _number(of), fields["data"])
+        return iter(())
 
-def explore(
-    recording: Recording,
-    model: Literal["kill", "power"],
-    opener: Opener,
-    *,
-    contents: bool = True,
-    stop_at: int = 1,
-    limit: int = 4096,
-) -> Verdicts:
-    """Judge every state of a recording under a device model; stops after ``stop_at`` violations."""
-    device: KillModel | PowerModel
-    device = KillModel(recording.initial) if model == "kill" else PowerModel(recording.initial, limit=limit)
-    guest = GuestModel(len(recording.guest), bytearray(len(recording.guest)))
-    guest.start(recording.guest)
-    judge = Judge(opener, contents=contents)
-    verdicts = Verdicts()
-    tokens: list[tuple[str, int]] = []
-    after = "the start"
-    for position, entry in enumerate(recording.entries):
-        states: Iterator[CrashState]
-        if isinstance(entry, Note):
-            states = _note(entry, guest, tokens, device)
-        elif isinstance(entry, Done):
-            operation = recording.entries[entry.position]
-            assert not isinstance(operation, Note | Done)
-            states = iter(()) if entry.failed else device.done(operation, entry.position)
-        else:
-            after = entry.mark
-            states = device.issue(position, entry)
-        for state in states:
-            broken = judge.judge(state, guest, verdicts)
-            if broken is not None:
-                verdicts.violations.append(Violation(*broken, position, after, state.lost, state.content))
-                if len(verdicts.violations) >= stop_at:
-                    verdicts.sampled = device.sampled
-                    return verdicts
-    verdicts.sampled = device.sampled
-    return verdicts
-
-
-def _note(
-    entry: Note, guest: GuestModel, tokens: list[tuple[str, int]], device: KillModel | PowerModel
-) -> Iterator[CrashState]:
-    fields = entry.fields
-    if entry.event == "write.begin":
-        data = fields["data"]
+    def _judge_read(self, position: int, begin: int, data: object) -> None:
+        """C17, C3: what a living guest read is one of its values, too."""
         assert isinstance(data, bytes)
-        tokens.append(("write", guest.begin_write(int(str(fields["offset"])), data)))
-    elif entry.event == "discard.begin":
-        tokens.append(("write", guest.begin_discard(int(str(fields["offset"])), int(str(fields["length_bytes"])))))
-    elif entry.event == "end":
-        guest.end(tokens.pop()[1])
-    elif entry.event == "withdrawn":
-        guest.withdraw(tokens.pop()[1])
-    elif entry.event == "reopened":
-        data = fields["data"]
-        assert isinstance(data, bytes)
-        guest.reopen(data)
-    elif entry.event == "flush.begin":
-        tokens.append(("flush", guest.begin_flush()))
-    elif entry.event == "flush.lost":
-        tokens.pop()
-    elif entry.event == "flush.end":
-        guest.end_flush(tokens.pop()[1])
-        return device.settle()
-    return iter(())
+        asked = self._recording.entries[begin]
+        assert isinstance(asked, Note)
+        first = _number(asked.fields["offset"]) // 512
+        for at in range(0, len(data), 512):
+            value = data[at : at + 512]
+            sector = first + at // 512
+            if value not in self.guest.readable(sector):
+                verdict = Verdict("C17", f"a read of guest sector {sector} got what is none of its values", sector)
+                for state in self._device.settle():
+                    self.result.violations.append(self._violation(state, verdict, position, "read"))
+                    return
+
+
+def _number(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def judge_with(oracles: Sequence[Oracle], seen: Seen, guest: GuestModel) -> Verdict | None:
+    """The first clause that is broken; None where all are kept."""
+    for oracle in oracles:
+        verdict = oracle.judge(seen, guest)
+        if verdict is not None:
+            return verdict
+    return None

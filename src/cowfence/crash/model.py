@@ -1,17 +1,20 @@
-"""The guest's side: what each sector of its disk may hold after a crash (crash contract, C2 and C3).
+"""The guest's side: what each sector of its disk, and each fact about the image, may be after a crash.
 
-A sector is its value at the last returned flush, or a value written to that very sector since. The model follows the notes of
-the log: a write makes its values possible when it begins; a flush that returns makes what was acknowledged before it the only
-past that is left.
+A sector is its value at the last returned flush, or a value written to that very sector since (crash contract, C2 and C3). The
+model follows the notes of the log: a write makes its values possible when it begins; a flush that returns makes what was
+acknowledged before it the only past that is left. A *fact* (size, snapshots, backing file, features) is old or new while an
+operation changes it, and new from the moment that the operation returns (C6 to C9).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from cowfence.units import SECTOR_BYTES
 
-_ZERO = bytes(SECTOR_BYTES)
+_ZERO: Final = bytes(SECTOR_BYTES)
 
 
 @dataclass(slots=True)
@@ -24,15 +27,32 @@ class _Values:
 
 @dataclass(slots=True)
 class GuestModel:
-    """Possible values of each sector of a guest's disk of ``size`` bytes, a multiple of 512."""
+    """Possible values of each sector of a guest's disk that held ``initial``, all durable, before the log began."""
 
-    size: int
-    content: bytearray
-    """What the guest reads now, as far as it can know."""
-    _history: dict[int, list[_Values]] = field(default_factory=dict)
-    _serial: int = 0
+    initial: bytes
+    facts: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    """What each fact may be."""
+    cluster_bytes: int = SECTOR_BYTES
+    leaks_before: int = 0
     changes: int = 0
     """Grows with each change of what is allowed, so that verdicts can be remembered by it."""
+    content: bytearray = field(init=False)
+    """What the guest reads now, as far as it can know."""
+    _history: dict[int, list[_Values]] = field(default_factory=dict)
+    _past: dict[int, set[bytes]] = field(default_factory=dict)
+    """By sector: values that a flush has made impossible."""
+    _serial: int = 0
+    _touched: list[tuple[int, int]] = field(default_factory=list)
+    """(serial, clusters that an operation may have left over), since the flush before the last."""
+    _last_flush: int = 0
+    _allowed: dict[int, set[bytes]] = field(default_factory=dict)
+    _acknowledged: dict[int, set[bytes]] = field(default_factory=dict)
+    _allowed_at: int = -1
+
+    def __post_init__(self) -> None:
+        self.content = bytearray(self.initial)
+
+    # What the notes say
 
     def begin_write(self, offset: int, data: bytes) -> int:
         """A write of any bytes (zeros too) begins. Returns the token for ``end``."""
@@ -43,23 +63,44 @@ class GuestModel:
         """A discard begins: each whole sector may keep its bytes or read as zeros."""
         return self._enter(offset, length_bytes, discard=True)
 
+    def begin_fact(self, name: str, value: object) -> None:
+        """An operation begins that will make a fact ``value``."""
+        self.changes += 1
+        self.facts[name] = (*self.facts.get(name, ()), value)
+
+    def end_fact(self, name: str) -> None:
+        """It has returned."""
+        self.changes += 1
+        self.facts[name] = self.facts[name][-1:]
+
     def _enter(self, offset: int, length_bytes: int, *, discard: bool) -> int:
         self._serial += 1
         self.changes += 1
+        self._touched.append((self._serial, 2 * (length_bytes // self.cluster_bytes + 2) + 3))
         for sector in range(offset // SECTOR_BYTES, -(-(offset + length_bytes) // SECTOR_BYTES)):
+            history = self._of(sector)
             value = bytes(self.content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES])
-            history = self._history.setdefault(sector, [])
             values: tuple[bytes, ...] = (value,)
             if discard:
-                values = tuple({_ZERO, *(history[-1].values if history else (value,))})
+                values = tuple({_ZERO: 0, **dict.fromkeys(history[-1].values, 0)})
             history.append(_Values(self._serial, values, acknowledged=False))
         return self._serial
+
+    def _of(self, sector: int) -> list[_Values]:
+        history = self._history.get(sector)
+        if history is None:
+            history = self._history[sector] = [_Values(0, (self._initial(sector),), acknowledged=True)]
+        return history
+
+    def _initial(self, sector: int) -> bytes:
+        return self.initial[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
 
     def end(self, token: int) -> None:
         """The write or discard was acknowledged.
 
         Where others began on a sector since it began, they went on at the same time: either may have come last.
         """
+        self.changes += 1
         for history in self._history.values():
             at = next((at for at, entry in enumerate(history) if entry.serial == token), None)
             if at is None:
@@ -67,12 +108,16 @@ class GuestModel:
             history[at].acknowledged = True
             if at + 1 < len(history):
                 self._serial += 1
-                self.changes += 1
-                values = {value for entry in history[at:] for value in entry.values}
+                values = {value: 0 for entry in history[at:] for value in entry.values}
                 history.append(_Values(self._serial, tuple(values), acknowledged=True))
+
+    def fail(self, token: int) -> None:
+        """The write or discard ended with an error: any part of it may have been done, then or at any time later."""
 
     def withdraw(self, token: int) -> None:
         """The write was refused before anything of it was done."""
+        self.changes += 1
+        self._touched = [entry for entry in self._touched if entry[0] != token]
         for sector, history in self._history.items():
             if history[-1].serial == token:
                 history.pop()
@@ -87,6 +132,8 @@ class GuestModel:
         for history in self._history.values():
             for entry in history[1:]:
                 entry.acknowledged = False
+        self.leaks_before += sum(clusters for _, clusters in self._touched)
+        self._touched.clear()
         self.end(self.begin_write(0, content))
 
     def begin_flush(self) -> int:
@@ -95,24 +142,63 @@ class GuestModel:
     def end_flush(self, token: int) -> None:
         """A flush returned: what was acknowledged when it began is durable."""
         self.changes += 1
-        for history in self._history.values():
+        for sector, history in self._history.items():
             flushed = [at for at, entry in enumerate(history) if entry.serial <= token and entry.acknowledged]
             if flushed:
+                past = self._past.setdefault(sector, set())
+                past.update(value for entry in history[: flushed[-1]] for value in entry.values)
                 del history[: flushed[-1]]
                 history[0].serial = 0
+        self._touched = [entry for entry in self._touched if entry[0] > self._last_flush]
+        self._last_flush = token
 
-    def start(self, content: bytes) -> None:
-        """The disk's bytes before the log begins, all durable."""
-        self.content[:] = content
-        for sector in range(self.size // SECTOR_BYTES):
-            value = bytes(content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES])
-            self._history[sector] = [_Values(0, (value,), acknowledged=True)]
-
-    def wrong_sectors(self, guest: bytes) -> list[int]:
-        """Sectors of ``guest`` whose bytes are none of those allowed."""
-        wrong = []
+    def end_durable(self, token: int) -> None:
+        """A forced write returned: what it wrote is durable."""
+        self.changes += 1
         for sector, history in self._history.items():
-            value = guest[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
-            if not any(value in entry.values for entry in history):
-                wrong.append(sector)
-        return wrong
+            at = next((at for at, entry in enumerate(history) if entry.serial == token), 0)
+            if at:
+                self._past.setdefault(sector, set()).update(value for entry in history[:at] for value in entry.values)
+                del history[:at]
+
+    # What may be
+
+    @property
+    def leaks_allowed(self) -> int:
+        """The most clusters that may be counted too high (C13)."""
+        return self.leaks_before + 4 + sum(clusters for _, clusters in self._touched)
+
+    def wrong_sectors(self, changed: Mapping[int, bytes], *, acknowledged: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Sectors, with their bytes, that hold what they must not. ``acknowledged``: as if all that was acknowledged had been
+        flushed (C4)."""
+        if self._allowed_at != self.changes:
+            self._allowed_at = self.changes
+            self._allowed.clear()
+            self._acknowledged.clear()
+            for sector, history in self._history.items():
+                last = max(at for at, entry in enumerate(history) if entry.acknowledged)
+                self._allowed[sector] = {value for entry in history for value in entry.values}
+                self._acknowledged[sector] = {value for entry in history[last:] for value in entry.values}
+        for sector, allowed in (self._acknowledged if acknowledged else self._allowed).items():
+            value = changed.get(sector)
+            if value is None:
+                value = self._initial(sector)
+            if value not in allowed:
+                yield sector, value
+        for sector, value in changed.items():
+            if sector not in self._history:
+                yield sector, value
+
+    def allowed(self, sector: int) -> list[bytes]:
+        """The values that a sector may have."""
+        return [value for entry in self._of(sector) for value in entry.values]
+
+    def readable(self, sector: int) -> set[bytes]:
+        """What a living guest may read now: the last acknowledged value, and all that was begun since or at the same time."""
+        history = self._of(sector)
+        last = max(at for at, entry in enumerate(history) if entry.acknowledged)
+        return {value for entry in history[last:] for value in entry.values}
+
+    def is_past(self, sector: int, value: bytes) -> bool:
+        """True if the sector had this value once, before a flush made it impossible."""
+        return value in self._past.get(sector, ())

@@ -1,108 +1,241 @@
 """A small judge of structure (crash contract, C5), written apart from the engine and its checker.
 
-It counts the references of an image of a few dozen clusters in plain Python, which for such images is faster than arrays are.
-It shares no code with what it judges. Findings are texts; only fatal ones are given: a count below the references, a COPIED
-flag on a cluster with more than one reference, an entry that leads past the end of the file or onto another table, reserved
-bits.
+It counts the references of an image of a few dozen clusters in plain Python, which for such images is faster than arrays are,
+and it reads what each internal snapshot holds. It shares no code with what it judges. Fatal are: a count below the references,
+a COPIED flag on a cluster with more than one reference, an entry that leads past the end of the file or onto another table,
+reserved bits. A count above the references is a leak.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Final, NamedTuple
 
-_COPIED = 1 << 63
-_COMPRESSED = 1 << 62
-_OFFSET = 0x00FF_FFFF_FFFF_FE00
+_COPIED: Final = 1 << 63
+_COMPRESSED: Final = 1 << 62
+_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
+_BACKING_FORMAT: Final = 0xE2792ACA
+
+Touch = Callable[[int, int], None]
+"""(offset, length in bytes): told of every range that the verdict rests on."""
+
+
+class Finding(NamedTuple):
+    """What is fatally wrong. ``pointer_at``: where in the file the entry stands that leads to ``target_at``, if known."""
+
+    text: str
+    pointer_at: int | None = None
+    target_at: int | None = None
+
+
+@dataclass(slots=True)
+class Structure:
+    """What an image says about itself."""
+
+    findings: list[Finding] = field(default_factory=list)
+    leaks: int = 0
+    """Clusters counted higher than they are referred to."""
+    data: list[tuple[int, int]] = field(default_factory=list)
+    """(guest offset, host offset) of each plain data cluster of the active disk."""
+    facts: dict[str, object] = field(default_factory=dict)
+    """``size``, ``backing`` (name, format), ``features`` (version, incompatible, compatible, autoclear), ``snapshots``
+    ((id, name, size, digest of contents), ...): each is old or new after a crash, never a mix."""
+
+
+class Place(NamedTuple):
+    """Where a guest cluster's entry stands and what it leads to."""
+
+    name: str
+    entry_at: int
+    host_offset: int
+
+
+def inspect(content: bytes, touch: Touch | None = None) -> Structure:
+    """Judge the image in ``content``."""
+    return _Judge(content, touch or _untouched).judge()
 
 
 def fatal_findings(content: bytes) -> list[str]:
-    """What is fatally wrong with the image in ``content``; empty for a sound image, leaks or not."""
-    return _Judge(content).judge()
+    """The texts of what is fatally wrong; empty for a sound image, leaks or not."""
+    return [finding.text for finding in inspect(content).findings]
+
+
+def locate(content: bytes, guest_offset: int) -> Place | None:
+    """The L2 entry of a guest offset; None where the tables cannot be followed. ``host_offset`` 0: it leads nowhere."""
+    try:
+        bits, l1_at = struct.unpack_from(">I", content, 20)[0], struct.unpack_from(">Q", content, 40)[0]
+        l2_bits = bits - 3
+        l1_index, l2_index = guest_offset >> bits + l2_bits, guest_offset >> bits & (1 << l2_bits) - 1
+        l2_at = struct.unpack_from(">Q", content, l1_at + l1_index * 8)[0] & _OFFSET
+        if not l2_at:
+            return Place(f"L1[{l1_index}]", l1_at + l1_index * 8, 0)
+        entry = struct.unpack_from(">Q", content, l2_at + l2_index * 8)[0]
+    except struct.error:
+        return None
+    host = entry & (1 << 62 - (bits - 8)) - 1 & ~511 if entry & _COMPRESSED else entry & _OFFSET
+    return Place(f"L2[{l1_index}][{l2_index}]", l2_at + l2_index * 8, host)
+
+
+def _untouched(offset: int, length_bytes: int) -> None:
+    pass
 
 
 class _Judge:
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, touch: Touch) -> None:
         self.content = content
-        self.findings: list[str] = []
-        self.references: dict[int, list[str]] = {}
-        self.copied: dict[int, list[str]] = {}
+        self.touch = touch
+        self.result = Structure()
+        self.references: dict[int, list[tuple[str, int]]] = {}
+        self.copied: dict[int, tuple[str, int]] = {}
+        self.tables: dict[int, str] = {}
 
-    def judge(self) -> list[str]:
+    def judge(self) -> Structure:
         content = self.content
+        self.touch(0, 112)
         if len(content) < 72 or content[:4] != b"QFI\xfb":
-            return ["the header is gone"]
-        version, _, _, bits, _, _, l1_size, l1_offset, table, clusters, snapshots, snapshots_at = struct.unpack_from(
+            self._find("the header is gone")
+            return self.result
+        version, _, _, bits, size, _, l1_size, l1_offset, table, clusters, snapshots, snapshots_at = struct.unpack_from(
             ">IQIIQIIQQIIQ", content, 4
         )
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
         self.bits, self.order, self.version = bits, order, version
         self.end = -(-len(content) // (1 << bits))
-        self.tables: dict[int, str] = {}
-        self._table(0, 1, "header")
-        self._table(table, clusters, "refcount table")
-        self._table(l1_offset, -(-l1_size * 8 >> bits), "L1 table")
+        self._header_facts(version, size)
+        self._table(0, 1, "header", 0)
+        self._table(table, clusters, "refcount table", 48)
+        self._table(l1_offset, -(-l1_size * 8 >> bits), "L1 table", 40)
         blocks = self._words(table, clusters << bits >> 3)
         for index, entry in enumerate(blocks):
             if entry:
-                self._table(entry, 1, f"refcount block {index}")
+                self._table(entry, 1, f"refcount block {index}", table + index * 8)
         self._tree(l1_offset, l1_size, "", active=True)
         at = snapshots_at
+        found = []
         for number in range(snapshots):
+            self.touch(at, 64)
+            if at + 40 > len(content):
+                self._find(f"the snapshot table ends before snapshot {number}", 64, at)
+                break
             l1_at, entries, id_length, name_length = struct.unpack_from(">QIHH", content, at)
             extra = struct.unpack_from(">I", content, at + 36)[0]
-            self._table(l1_at, -(-entries * 8 >> bits), f"L1 table of snapshot {number}")
-            self._tree(l1_at, entries, f"snapshot {number}: ", active=False)
-            at = at + 40 + extra + id_length + name_length + 7 & ~7
+            strings = at + 40 + extra
+            self.touch(strings, id_length + name_length)
+            ident, name = content[strings : strings + id_length], content[strings + id_length :][:name_length]
+            held = struct.unpack_from(">Q", content, at + 48)[0] if extra >= 16 and at + 56 <= len(content) else size
+            self._table(l1_at, -(-entries * 8 >> bits), f"L1 table of snapshot {number}", at)
+            digest = blake2b(digest_size=16)
+            self._tree(l1_at, entries, f"snapshot {number}: ", active=False, data=digest.update)
+            found.append((ident, name, held, digest.digest()))
+            at = strings + id_length + name_length + 7 & ~7
         if snapshots:
-            self._table(snapshots_at, -(-(at - snapshots_at) >> bits), "snapshot table")
+            self._table(snapshots_at, -(-(at - snapshots_at) >> bits), "snapshot table", 64)
+        self.result.facts["snapshots"] = tuple(found)
         self._counts(blocks)
-        return self.findings
+        return self.result
+
+    def _header_facts(self, version: int, size: int) -> None:
+        content, facts = self.content, self.result.facts
+        facts["size"] = size
+        name_at, name_length = struct.unpack_from(">QI", content, 8)
+        self.touch(name_at, name_length)
+        backing_format = b""
+        at = struct.unpack_from(">I", content, 100)[0] if version >= 3 else 72
+        while at + 8 <= min(len(content), 1 << self.bits):
+            self.touch(at, 8)
+            kind, length = struct.unpack_from(">II", content, at)
+            if not kind:
+                break
+            self.touch(at, 8 + length)
+            if kind == _BACKING_FORMAT:
+                backing_format = content[at + 8 : at + 8 + length]
+            at += 8 + (length + 7 & ~7)
+        facts["backing"] = (content[name_at : name_at + name_length] if name_at else b"", backing_format)
+        facts["features"] = (version, *(struct.unpack_from(">QQQ", content, 72) if version >= 3 else ()))
+
+    def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None) -> None:
+        self.result.findings.append(Finding(text, pointer_at, target_at))
 
     def _words(self, offset: int, count: int) -> tuple[int, ...]:
+        self.touch(offset, count * 8)
         if offset + count * 8 > len(self.content):
             have = max(0, len(self.content) - offset) // 8
             return struct.unpack_from(f">{have}Q", self.content, offset) + (0,) * (count - have)
         return struct.unpack_from(f">{count}Q", self.content, offset)
 
-    def _table(self, offset: int, clusters: int, what: str) -> None:
+    def _table(self, offset: int, clusters: int, what: str, pointer_at: int) -> None:
         for cluster in range(offset >> self.bits, (offset >> self.bits) + clusters):
             holder = self.tables.setdefault(cluster, what)
             if holder is not what:
-                self.findings.append(f"{what} stands on the {holder} (cluster {cluster})")
-            self._refer(cluster, what, copied=False)
+                self._find(f"{what} stands on the {holder} (cluster {cluster})", pointer_at, offset)
+            self._refer(cluster, what, pointer_at)
 
-    def _refer(self, cluster: int, what: str, *, copied: bool) -> None:
+    def _refer(self, cluster: int, what: str, at: int) -> None:
         if cluster >= self.end:
-            self.findings.append(f"{what} leads to cluster {cluster}, past the end of the file")
-        self.references.setdefault(cluster, []).append(what)
-        if copied:
-            self.copied.setdefault(cluster, []).append(what)
+            self._find(f"{what} leads to cluster {cluster}, past the end of the file", at, cluster << self.bits)
+        holders = self.references.get(cluster)
+        if holders is None:
+            self.references[cluster] = [(what, at)]
+        else:
+            holders.append((what, at))
 
-    def _tree(self, l1_offset: int, l1_size: int, prefix: str, *, active: bool) -> None:
+    def _tree(
+        self, l1_offset: int, l1_size: int, prefix: str, *, active: bool, data: Callable[[bytes], None] | None = None
+    ) -> None:
         cluster_bytes = 1 << self.bits
         for l1_index, l1_entry in enumerate(self._words(l1_offset, l1_size)):
             if not l1_entry:
+                if data is not None:
+                    data(b"-")
                 continue
             l2_offset = l1_entry & _OFFSET
-            what = f"{prefix}L1[{l1_index}]"
+            what, at = f"{prefix}L1[{l1_index}]", l1_offset + l1_index * 8
             if l1_entry & ~(_OFFSET | _COPIED) or l2_offset & cluster_bytes - 1 or not l2_offset:
-                self.findings.append(f"{what} is {l1_entry:#x}")
+                self._find(f"{what} is {l1_entry:#x}", at)
                 continue
-            self._refer(l2_offset >> self.bits, what, copied=active and bool(l1_entry & _COPIED))
+            self._refer(l2_offset >> self.bits, what, at)
+            if active and l1_entry & _COPIED:
+                self.copied[l2_offset >> self.bits] = (what, at)
             for l2_index, entry in enumerate(self._words(l2_offset, cluster_bytes >> 3)):
                 if entry:
-                    self._entry(entry, f"{prefix}L2[{l1_index}][{l2_index}]", active=active)
+                    guest = (l1_index << self.bits - 3 | l2_index) << self.bits
+                    self._entry(entry, f"{prefix}L2[{l1_index}][{l2_index}]", l2_offset + l2_index * 8, guest, active=active)
+                if data is not None:
+                    data(self._cluster(entry))
 
-    def _entry(self, entry: int, what: str, *, active: bool) -> None:
+    def _cluster(self, entry: int) -> bytes:
+        """What a cluster of a snapshot reads as; unallocated ones by a sign, for the backing file stays as it is."""
+        cluster_bytes = 1 << self.bits
+        if entry & _COMPRESSED:
+            shift = 62 - (self.bits - 8)
+            offset, sectors = entry & (1 << shift) - 1, (entry >> shift & (1 << 62 - shift) - 1) + 1
+            length = (offset & ~511) + sectors * 512 - offset
+            self.touch(offset, length)
+            try:
+                return zlib.decompressobj(-12).decompress(self.content[offset : offset + length], cluster_bytes)
+            except zlib.error:
+                return b"not to be inflated"
+        if entry & 1:
+            return bytes(cluster_bytes)
+        if not entry & _OFFSET:
+            return b"-"
+        self.touch(entry & _OFFSET, cluster_bytes)
+        return self.content[entry & _OFFSET :][:cluster_bytes].ljust(cluster_bytes, b"\0")
+
+    def _entry(self, entry: int, what: str, at: int, guest: int, *, active: bool) -> None:
         if entry & _COMPRESSED:
             shift = 62 - (self.bits - 8)
             offset = entry & (1 << shift) - 1
             sectors = (entry >> shift & (1 << 62 - shift) - 1) + 1
             last = (offset & ~511) + sectors * 512 - 1
             if entry & _COPIED:
-                self.findings.append(f"{what} is compressed and COPIED")
+                self._find(f"{what} is compressed and COPIED", at)
             for cluster in range(offset >> self.bits, (last >> self.bits) + 1):
-                self._refer(cluster, what, copied=False)
+                self._refer(cluster, what, at)
             return
         host = entry & _OFFSET
         zero = entry & 1
@@ -112,29 +245,52 @@ class _Judge:
             or (zero and self.version < 3)
             or (not host and not zero)
         ):
-            self.findings.append(f"{what} is {entry:#x}")
+            self._find(f"{what} is {entry:#x}", at)
         elif host:
-            self._refer(host >> self.bits, what, copied=active and bool(entry & _COPIED))
-            if host >> self.bits in self.tables:
-                self.findings.append(f"{what} leads onto the {self.tables[host >> self.bits]}")
+            cluster = host >> self.bits
+            self._refer(cluster, what, at)
+            if active:
+                if entry & _COPIED:
+                    self.copied[cluster] = (what, at)
+                if not zero:
+                    self.result.data.append((guest, host))
+            if cluster in self.tables:
+                self._find(f"{what} leads onto the {self.tables[cluster]}", at, host)
 
     def _counts(self, blocks: tuple[int, ...]) -> None:
+        """Every count against the references. A count of 64 bits is as good as any: only differences matter."""
         width = 1 << self.order
         per_block = (1 << self.bits) * 8 // width
-        for cluster, holders in self.references.items():
-            index, at = divmod(cluster, per_block)
-            block = blocks[index] if index < len(blocks) else 0
-            stored = self._count(block, at, width) if block else 0
-            if stored < len(holders):
-                self.findings.append(f"cluster {cluster} has refcount {stored} and {len(holders)} references: {holders[0]}")
-            if len(holders) > 1 and cluster in self.copied:
-                self.findings.append(
-                    f"{self.copied[cluster][0]} is COPIED, but cluster {cluster} has {len(holders)} references"
+        references = self.references
+        stored: dict[int, int] = {}
+        for index, block in enumerate(blocks):
+            if not block:
+                continue
+            first = index * per_block
+            for at, count in enumerate(self._block(block, width, min(per_block, max(0, self.end - first)))):
+                if count:
+                    stored[first + at] = count
+        for cluster, holders in references.items():
+            count = stored.get(cluster, 0)
+            if count < len(holders):
+                index = cluster // per_block
+                block = blocks[index] if index < len(blocks) else 0
+                what, at = holders[-1]
+                self._find(
+                    f"cluster {cluster} has refcount {count} and {len(holders)} references: {what}",
+                    at,
+                    block + cluster % per_block * width // 8 if block else None,
                 )
+            if len(holders) > 1 and cluster in self.copied:
+                what, at = self.copied[cluster]
+                self._find(f"{what} is COPIED, but cluster {cluster} has {len(holders)} references", at)
+        self.result.leaks = sum(1 for cluster, count in stored.items() if count > len(references.get(cluster, ())))
 
-    def _count(self, block: int, at: int, width: int) -> int:
-        if width < 8:
-            byte = self.content[block + at * width // 8 : block + at * width // 8 + 1]
-            return (byte[0] >> at * width % 8 & (1 << width) - 1) if byte else 0
-        size = width // 8
-        return int.from_bytes(self.content[block + at * size : block + (at + 1) * size].ljust(size, b"\0"))
+    def _block(self, block: int, width: int, count: int) -> tuple[int, ...]:
+        length = -(-count * width // 8)
+        self.touch(block, length)
+        data = self.content[block : block + length].ljust(length, b"\0")
+        if width >= 8:
+            return struct.unpack(f">{count}{ {8: 'B', 16: 'H', 32: 'I', 64: 'Q'}[width] }", data)
+        mask, per_byte = (1 << width) - 1, 8 // width
+        return tuple(byte >> at * width & mask for byte in data for at in range(per_byte))[:count]

@@ -134,6 +134,12 @@ class Qcow2Disk:
         return self._state.backing
 
     @property
+    def planning(self) -> bool:
+        """True while a thread works under the image's lock. The crash explorer asks, which calls the disk from inside calls of
+        the storage; it may do so only where another thread could."""
+        return self._lock.locked()
+
+    @property
     def fences(self) -> int:
         """How many fences this disk has made since it was opened (not counting the one at open)."""
         return self._committer.fences

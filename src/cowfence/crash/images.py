@@ -1,0 +1,301 @@
+"""The images that the explorer begins with, described by a line of text: fresh, or aged by every feature there is.
+
+An aged image has written clusters, zero clusters of both kinds, two compressed clusters that share a host cluster, and, where
+asked for, internal snapshots of all that. What the engine does not write by itself yet is put there by hand: plain surgery on
+small images.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from cowfence.errors import Invalid
+from cowfence.qcow2.assemble import Options
+from cowfence.qcow2.create import NewImage, write_new
+from cowfence.qcow2.image import open_image
+from cowfence.storage.memory import MemoryStorage
+from cowfence.units import SECTOR_BYTES
+
+IMAGE: Final = "image"
+BACKING: Final = "backing"
+
+_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
+_COPIED: Final = 1 << 63
+
+
+class ImageSpec(NamedTuple):
+    """What an image is like, and how it is opened. ``str`` of it is what ``parse_image`` reads.
+
+    ``cache``: L2 tables in memory: 1, 2 or 64. ``backing``: none, raw or qcow2 (the latter shorter than the overlay).
+    """
+
+    version: int = 3
+    cluster_bytes: int = 512
+    refcount_bits: int = 16
+    backing: str = "none"
+    snapshots: int = 0
+    aged: bool = False
+    cache: int = 64
+    discards: bool = True
+    short_l1: bool = False
+    full: bool = False
+    """All clusters that the one refcount block covers are nearly used up."""
+    cold: bool = False
+    """Nothing is in the page cache: every read has to wait."""
+
+    def __str__(self) -> str:
+        words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", f"t{self.cache}"]
+        words += [f"s{self.snapshots}"] if self.snapshots else []
+        words += [self.backing] if self.backing != "none" else []
+        words += [name for name in _FLAGS if getattr(self, name)]
+        words += [] if self.discards else ["nodiscard"]
+        return ",".join(words)
+
+
+_FLAGS: Final = ("aged", "short_l1", "full", "cold")
+_NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
+
+
+def parse_image(text: str) -> ImageSpec:
+    """The reverse of ``str(spec)``. Raises Invalid."""
+    fields: dict[str, object] = {}
+    for word in text.split(","):
+        if word in _FLAGS:
+            fields[word] = True
+        elif word in ("raw", "qcow2"):
+            fields["backing"] = word
+        elif word == "nodiscard":
+            fields["discards"] = False
+        elif word[:1] in _NUMBERS and word[1:].isdecimal():
+            fields[_NUMBERS[word[0]]] = int(word[1:])
+        else:
+            raise Invalid(f"{word!r} says nothing about an image")
+    return ImageSpec(**fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The files of an image, and what the guest reads of it."""
+
+    files: dict[str, bytes]
+    size_bytes: int
+
+
+def tagged(offset: int, length_bytes: int, serial: int) -> bytes:
+    """Data whose every sector names its place and its write, so that foreign bytes show. Whole sectors only."""
+    return b"".join(
+        f"sector {sector} write {serial} ".encode().ljust(SECTOR_BYTES, b".")
+        for sector in range(offset // SECTOR_BYTES, (offset + length_bytes) // SECTOR_BYTES)
+    )
+
+
+def options(spec: ImageSpec) -> Options:
+    """How the image is opened."""
+    return Options(cache_bytes=spec.cache * spec.cluster_bytes, commit_interval=None, discards=spec.discards)
+
+
+def disk_bytes(spec: ImageSpec) -> int:
+    """The guest's disk: two L2 tables where clusters are small, a dozen clusters where they are not."""
+    if spec.full:
+        return 256 * spec.cluster_bytes
+    return 128 * spec.cluster_bytes if spec.cluster_bytes == SECTOR_BYTES else 12 * spec.cluster_bytes
+
+
+@functools.lru_cache(maxsize=2048)
+def build(spec: ImageSpec) -> Built:
+    """The image of a description. Raises Invalid for what cannot be."""
+    if spec.version == 2 and spec.refcount_bits != 16:
+        raise Invalid("version 2 has refcounts of 16 bits")
+    if spec.snapshots and spec.refcount_bits == 1:
+        raise Invalid("a snapshot needs refcounts of two bits or more")
+    size = disk_bytes(spec)
+    cluster = spec.cluster_bytes
+    backing = _backing(spec, size)
+    storage = MemoryStorage(name=IMAGE)
+    named = {"backing_name": BACKING, "backing_format": spec.backing} if backing is not None else {}
+    write_new(storage, NewImage(size, cluster, spec.refcount_bits, spec.version, **named))  # type: ignore[arg-type]
+    content = storage.snapshot()
+    if spec.aged:
+        content = _aged(content, spec)
+    elif spec.full:
+        block = cluster * 8 // spec.refcount_bits
+        content = _worked_on(content, [("write", 0, (block - 18) * cluster)])
+    elif spec.short_l1 or spec.snapshots:
+        content = _worked_on(content, [("write", 0, 4 * cluster)])
+    for number in range(spec.snapshots):
+        content = snapshotted(content, number)
+    if spec.short_l1:
+        content = content[:36] + struct.pack(">I", 1) + content[40:]
+    files = {IMAGE: content}
+    if backing is not None:
+        files[BACKING] = backing
+    return Built(files, size)
+
+
+def _backing(spec: ImageSpec, size: int) -> bytes | None:
+    if spec.backing == "none":
+        return None
+    if spec.backing == "raw":
+        return tagged(0, size, 80)
+    storage = MemoryStorage(name=BACKING)
+    shorter = size * 3 // 4
+    write_new(storage, NewImage(shorter, spec.cluster_bytes, 16, 3))
+    return _worked_on(storage.snapshot(), [("write", 0, shorter // 2)], serial=81)
+
+
+def _worked_on(content: bytes, steps: list[tuple[str, int, int]], serial: int = 90) -> bytes:
+    storage = MemoryStorage(content, name=IMAGE)
+    disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
+    for verb, offset, length_bytes in steps:
+        if verb == "write":
+            disk.write(offset, tagged(offset, length_bytes, serial))
+        else:
+            disk.zero(offset, length_bytes, unmap=verb == "zero")
+    disk.close()
+    return storage.snapshot()
+
+
+AGED: Final = {"allocated": 0, "zero": 2, "zero_allocated": 3, "compressed": 4, "compressed_too": 5, "free": 6}
+"""By kind, a guest cluster of an aged image."""
+
+
+def _aged(content: bytes, spec: ImageSpec) -> bytes:
+    cluster = spec.cluster_bytes
+    steps = [("write", 0, 6 * cluster)]
+    if spec.version >= 3:
+        steps += [("zero", 2 * cluster, cluster), ("keep", 3 * cluster, cluster)]
+    if cluster == SECTOR_BYTES:
+        steps += [("write", 70 * cluster, cluster)]
+    content = _worked_on(content, steps)
+    return compressed(content, [4 * cluster, 5 * cluster], share=spec.refcount_bits > 1)
+
+
+class Patch:
+    """Surgery on a small image with one refcount block."""
+
+    def __init__(self, content: bytes) -> None:
+        self.data = bytearray(content)
+        self.bits = int(struct.unpack_from(">I", content, 20)[0])
+        version = struct.unpack_from(">I", content, 4)[0]
+        self.width = 1 << (struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4)
+
+    def word(self, at: int) -> int:
+        return int(struct.unpack_from(">Q", self.data, at)[0])
+
+    def put(self, at: int, value: int) -> None:
+        struct.pack_into(">Q", self.data, at, value)
+
+    def count(self, cluster: int, change: int) -> None:
+        """Change one refcount."""
+        table = self.word(48)
+        per_block = (8 << self.bits) // self.width
+        block = self.word(table + cluster // per_block * 8)
+        index = cluster % per_block
+        if self.width >= 8:
+            size = self.width // 8
+            at = block + index * size
+            value = int.from_bytes(self.data[at : at + size], "big") + change
+            self.data[at : at + size] = value.to_bytes(size, "big")
+            return
+        at, shift = block + index * self.width // 8, index * self.width % 8
+        mask = (1 << self.width) - 1
+        value = (self.data[at] >> shift & mask) + change
+        self.data[at] = self.data[at] & ~(mask << shift) | value << shift
+
+    def l2_at(self, guest: int) -> int:
+        """Where the L2 entry of a guest offset stands."""
+        l1, l2_bits = self.word(40), self.bits - 3
+        l2 = self.word(l1 + (guest >> self.bits + l2_bits) * 8) & _OFFSET
+        return l2 + (guest >> self.bits & (1 << l2_bits) - 1) * 8
+
+    def append(self, data: bytes) -> int:
+        """Put ``data`` into new clusters at the end; returns its offset. The counts are the caller's."""
+        cluster = 1 << self.bits
+        offset = -(-len(self.data) // cluster) * cluster
+        self.data.extend(bytes(offset - len(self.data)))
+        self.data.extend(data.ljust(-(-len(data) // cluster) * cluster, b"\0"))
+        return offset
+
+
+def compressed(content: bytes, guests: list[int], *, share: bool = True) -> bytes:
+    """``content`` with the written clusters at these guest offsets compressed: into one host cluster, where they fit and
+    ``share`` says so, else each into one of its own."""
+    patch = Patch(content)
+    cluster = 1 << patch.bits
+    packed = b""
+    places: list[tuple[int, int, int]] = []
+    for guest in guests:
+        host = patch.word(patch.l2_at(guest)) & _OFFSET
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -12)
+        data = deflate.compress(bytes(patch.data[host : host + cluster])) + deflate.flush()
+        if not share or len(packed) + len(data) > cluster:
+            packed = b""
+        if not packed:
+            base = patch.append(bytes(cluster))
+        patch.data[base + len(packed) : base + len(packed) + len(data)] = data
+        places.append((guest, base + len(packed), len(data)))
+        packed += data
+        patch.count(host // cluster, -1)
+        patch.count(base // cluster, 1)
+    shift = 62 - (patch.bits - 8)
+    for guest, offset, length in places:
+        sectors = (offset + length - 1) // 512 - offset // 512
+        patch.put(patch.l2_at(guest), 1 << 62 | sectors << shift | offset)
+    return bytes(patch.data)
+
+
+def snapshotted(content: bytes, number: int = 0) -> bytes:
+    """``content`` with one more internal snapshot of all of it: counts up, COPIED off, the L1 table copied."""
+    patch = Patch(content)
+    cluster = 1 << patch.bits
+    l1, entries = patch.word(40), struct.unpack_from(">I", patch.data, 36)[0]
+    for index in range(entries):
+        l1_entry = patch.word(l1 + index * 8) & ~_COPIED
+        patch.put(l1 + index * 8, l1_entry)
+        if l1_entry:
+            patch.count(l1_entry // cluster, 1)
+            for at in range(l1_entry, l1_entry + cluster, 8):
+                _count_entry(patch, at)
+    copy = patch.append(bytes(patch.data[l1 : l1 + entries * 8]))
+    patch.count(copy // cluster, 1)
+    count, old = struct.unpack_from(">IQ", patch.data, 60)
+    ident, name = b"%d" % (number + 1), b"snap%d" % number
+    record = struct.pack(">QIHHIIQII", copy, entries, len(ident), len(name), 0, 0, 0, 0, 16)
+    record += struct.pack(">QQ", 0, patch.word(24)) + ident + name
+    record = record.ljust(-(-len(record) // 8) * 8, b"\0")
+    before = bytes(patch.data[old : old + _snapshot_table_bytes(patch.data, old, count)]) if count else b""
+    table = patch.append(before + record)
+    patch.count(table // cluster, 1)
+    if count:
+        patch.count(old // cluster, -1)
+    struct.pack_into(">IQ", patch.data, 60, count + 1, table)
+    return bytes(patch.data)
+
+
+def _count_entry(patch: Patch, at: int) -> None:
+    """One reference more for what an L2 entry leads to, and its COPIED flag off."""
+    cluster = 1 << patch.bits
+    entry = patch.word(at)
+    if entry >> 62 & 1:
+        shift = 62 - (patch.bits - 8)
+        offset = entry & (1 << shift) - 1
+        last = (offset & ~511) + ((entry >> shift & (1 << 62 - shift) - 1) + 1) * 512 - 1
+        for shared in range(offset // cluster, last // cluster + 1):
+            patch.count(shared, 1)
+        return
+    patch.put(at, entry & ~_COPIED)
+    if entry & _OFFSET:
+        patch.count((entry & _OFFSET) // cluster, 1)
+
+
+def _snapshot_table_bytes(data: bytearray, start: int, count: int) -> int:
+    at = start
+    for _ in range(count):
+        ident, name = struct.unpack_from(">HH", data, at + 12)
+        extra = struct.unpack_from(">I", data, at + 36)[0]
+        at = at + 40 + extra + ident + name + 7 & ~7
+    return at - start

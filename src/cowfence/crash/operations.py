@@ -1,0 +1,135 @@
+"""The operations of a guest that the explorer tries: the one place where a new operation registers itself.
+
+An operation is a function that does it to the disk of a run, inside ``with run.writing(...)`` or its like, which note for
+the guest's model what becomes possible when it begins and what is certain when it has returned. ``places``: it is tried at
+every kind of place of the disk; else once. ``request``: the same as a request that may be refused, so that it can be carried
+out inside another call (the interleaved model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from cowfence.disk.base import Request, Verb
+from cowfence.errors import Invalid
+
+if TYPE_CHECKING:
+    from cowfence.crash.runner import Run
+
+
+class Step(NamedTuple):
+    """One operation at a place. Offset and length in bytes, multiples of 512."""
+
+    verb: str
+    offset: int = 0
+    length_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.verb}:{self.offset}+{self.length_bytes}" if self.length_bytes else self.verb
+
+
+def parse_step(text: str) -> Step:
+    """The reverse of ``str(step)``. Raises Invalid."""
+    verb, _, where = text.partition(":")
+    if verb not in OPERATIONS:
+        raise Invalid(f"{verb!r} is no operation: {' '.join(OPERATIONS)}")
+    if not where:
+        return Step(verb)
+    offset, plus, length = where.partition("+")
+    if not plus or not offset.isdecimal() or not length.isdecimal():
+        raise Invalid(f"{text!r}: a place reads OFFSET+LENGTH")
+    if int(offset) % 512 or int(length) % 512:
+        raise Invalid(f"{text!r}: places are whole sectors of 512 bytes")
+    return Step(verb, int(offset), int(length))
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """See the module."""
+
+    name: str
+    perform: Callable[[Run, Step], None]
+    places: bool
+    request: Callable[[Step, bytes], Request] | None
+
+
+OPERATIONS: Final[dict[str, Operation]] = {}
+"""By name, in the order in which they are tried."""
+
+
+def operation(
+    name: str, *, places: bool = False, request: Callable[[Step, bytes], Request] | None = None
+) -> Callable[[Callable[[Run, Step], None]], Callable[[Run, Step], None]]:
+    """Register the function under a name."""
+
+    def register(perform: Callable[[Run, Step], None]) -> Callable[[Run, Step], None]:
+        OPERATIONS[name] = Operation(name, perform, places, request)
+        return perform
+
+    return register
+
+
+@operation("write", places=True, request=lambda step, data: Request(Verb.WRITE, step.offset, len(data), data))
+def _write(run: Run, step: Step) -> None:
+    data = run.new_data(step)
+    with run.writing(step.offset, data):
+        run.disk.write(step.offset, data)
+
+
+@operation("write_fua", places=True)
+def _write_fua(run: Run, step: Step) -> None:
+    """Forced through: this write is durable when it returns."""
+    data = run.new_data(step)
+    with run.writing(step.offset, data, durable=True):
+        run.disk.write(step.offset, data, fua=True)
+
+
+@operation("zero", places=True, request=lambda step, _: Request(Verb.ZERO, step.offset, step.length_bytes, unmap=True))
+def _zero(run: Run, step: Step) -> None:
+    with run.writing(step.offset, bytes(step.length_bytes)):
+        run.disk.zero(step.offset, step.length_bytes, unmap=True)
+
+
+@operation("keep_zero", places=True, request=lambda step, _: Request(Verb.ZERO, step.offset, step.length_bytes, unmap=False))
+def _keep_zero(run: Run, step: Step) -> None:
+    with run.writing(step.offset, bytes(step.length_bytes)):
+        run.disk.zero(step.offset, step.length_bytes, unmap=False)
+
+
+@operation("discard", places=True, request=lambda step, _: Request(Verb.DISCARD, step.offset, step.length_bytes))
+def _discard(run: Run, step: Step) -> None:
+    with run.discarding(step.offset, step.length_bytes):
+        run.disk.discard(step.offset, step.length_bytes)
+
+
+@operation("read", places=True, request=lambda step, _: Request(Verb.READ, step.offset, step.length_bytes))
+def _read(run: Run, step: Step) -> None:
+    run.read(step.offset, step.length_bytes)
+
+
+@operation("flush")
+def _flush(run: Run, step: Step) -> None:  # noqa: ARG001
+    with run.flushing():
+        run.disk.flush()
+
+
+@operation("reopen")
+def _reopen(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Close well, and open again."""
+    with run.flushing():
+        run.disk.close()
+    run.open_again()
+
+
+@operation("kill")
+def _kill(run: Run, step: Step) -> None:  # noqa: ARG001
+    """The process is killed, and the image opened again; what it wrote stands in the page cache only."""
+    run.kill()
+
+
+@operation("repair")
+def _repair(run: Run, step: Step) -> None:  # noqa: ARG001
+    """The process is killed, leaks are repaired, and the image opened again."""
+    run.kill(repair_leaks=True)

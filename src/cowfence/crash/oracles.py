@@ -1,0 +1,113 @@
+"""The oracles: one class for each clause of the crash contract, judging what was seen of a state against what may be."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from cowfence.crash.judge import Seen
+from cowfence.crash.model import GuestModel
+from cowfence.units import SECTOR_BYTES
+
+
+class Verdict(NamedTuple):
+    """A clause that is broken. ``sector``: of the guest, where one is to blame. ``pointer_at``, ``target_at``: host offsets of
+    the entry that leads wrong and of what it leads to, where known."""
+
+    clause: str
+    what: str
+    sector: int | None = None
+    pointer_at: int | None = None
+    target_at: int | None = None
+
+
+class Oracle(Protocol):
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None: ...
+
+
+class Opens:
+    """C1: every state opens (for writing too: see ``Life``)."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:  # noqa: ARG002
+        if seen.error is None:
+            return None
+        finding = seen.structure.findings[0] if seen.structure.findings else None
+        return Verdict("C1", seen.error, None, finding.pointer_at if finding else None, finding.target_at if finding else None)
+
+
+class Contents:
+    """C2, C3 and C17: each guest sector is its flushed value, or one written to that very sector since."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        if seen.error is not None:
+            return None
+        for sector, value in guest.wrong_sectors(seen.changed):
+            if guest.is_past(sector, value):
+                return Verdict("C2", f"guest sector {sector} was flushed and holds what it held before", sector)
+            return Verdict("C3", f"guest sector {sector} holds {describe(value, sector)}", sector)
+        return None
+
+
+class Acknowledged:
+    """C4: with a keeper after a kill, or in write-through mode, every acknowledged write is there."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        if seen.error is None:
+            for sector, value in guest.wrong_sectors(seen.changed, acknowledged=True):
+                return Verdict("C4", f"guest sector {sector} was acknowledged and holds {describe(value, sector)}", sector)
+        return None
+
+
+class Sound:
+    """C5: only leaks."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:  # noqa: ARG002
+        for finding in seen.structure.findings:
+            return Verdict("C5", finding.text, None, finding.pointer_at, finding.target_at)
+        return None
+
+
+class Facts:
+    """C6 to C9: snapshots, size, backing file and features are old or new."""
+
+    _CLAUSES = (("snapshots", "C6"), ("size", "C8"), ("backing", "C9"), ("features", "C9"))
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        facts = seen.structure.facts
+        for name, clause in self._CLAUSES:
+            allowed = guest.facts.get(name)
+            if allowed is not None and name in facts and facts[name] not in allowed:
+                return Verdict(clause, f"{name} is {facts[name]!r}, neither old nor new")
+        return None
+
+
+class Leaks:
+    """C13: no more clusters leak than un-flushed operations and the last transaction touched."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        if seen.structure.leaks > guest.leaks_allowed:
+            return Verdict("C13", f"{seen.structure.leaks} clusters leak, at most {guest.leaks_allowed} may")
+        return None
+
+
+class Life:
+    """C1 (for writing), C10, C11, C12: what was found when a copy was repaired and another was worked on."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:  # noqa: ARG002
+        for clause, what in seen.problems:
+            return Verdict(clause, what)
+        return None
+
+
+STRUCTURE: tuple[Oracle, ...] = (Opens(), Sound())
+"""Without the guest's contents: what a checker alone would see (control J1)."""
+ALL: tuple[Oracle, ...] = (Opens(), Contents(), Sound(), Facts(), Leaks(), Life())
+
+
+def describe(value: bytes, sector: int) -> str:
+    """What a sector's bytes are, for a sentence."""
+    if not value.strip(b"\0"):
+        return "zeros"
+    if value.startswith(b"sector "):
+        tag = value[:48].split(b".")[0].decode("ascii", "replace").strip()
+        return f"foreign data ({tag})" if value.split()[1] != b"%d" % sector else f"{tag}, which is none of its values now"
+    return f"garbage ({value[:16].hex()}...)" if len(value) == SECTOR_BYTES else "nothing"

@@ -1,0 +1,225 @@
+"""A run: operations carried out on an image whose every call is recorded, with the guest's side noted between them.
+
+*Interleaved*: inside the n-th call that the engine makes outside of its lock (a fence, a cold read, what RECLAIM writes), one
+more operation of the guest is carried out before the call returns, as another thread could. *Fault*: a plan makes calls fail;
+the run goes on, and what an operation that failed may have done is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cowfence.crash.images import BACKING, IMAGE, Built, ImageSpec, build, options, tagged
+from cowfence.crash.operations import OPERATIONS, Step
+from cowfence.disk.base import BLOCKED, Disk
+from cowfence.disk.raw import RawDisk
+from cowfence.errors import CowfenceError, WouldBlock
+from cowfence.qcow2.image import Qcow2Disk, open_image
+from cowfence.qcow2.repair import Mode, repair
+from cowfence.storage.base import Storage, WritableBuffer
+from cowfence.storage.fault import FaultPlan, FaultyStorage, Kind
+from cowfence.storage.memory import MemoryStorage
+from cowfence.storage.oplog import Entry, OpLog
+from cowfence.storage.record import RecordingStorage
+from cowfence.storage.wrapper import StorageWrapper
+
+_OUTSIDE_THE_LOCK = ("refcount.decrement", "host.discard")
+
+
+class Interleaving:
+    """Steps by the number of the call that each is carried out in."""
+
+    def __init__(self, inside: Mapping[int, Step]) -> None:
+        self.inside = inside
+        self.calls = 0
+        """Calls so far that another operation could have been inside of."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSubject:
+    """Our own engine on an image of the explorer's (see ``Subject``)."""
+
+    spec: ImageSpec
+    image: str = IMAGE
+
+    def open(self, files: Mapping[str, Storage], *, writable: bool) -> Qcow2Disk:
+        backing: Disk | None = None
+        if BACKING in files:
+            plain = RawDisk if self.spec.backing == "raw" else _open_backing
+            backing = plain(files[BACKING])
+        return open_image(files[IMAGE], backing=backing, writable=writable, options=options(self.spec))
+
+
+def _open_backing(storage: Storage) -> Disk:
+    return open_image(storage, backing=None, writable=False)
+
+
+@dataclass(slots=True)
+class Recording:
+    """What a run leaves: its files before, what the guest read before, and the log."""
+
+    initial: dict[str, bytes]
+    guest: bytes
+    entries: Sequence[Entry]
+    calls: int = 0
+    """Calls that another operation could have been inside of."""
+    errors: list[str] = field(default_factory=list)
+
+
+class _Cold(StorageWrapper):
+    """Nothing stands in the page cache."""
+
+    def readv(self, offset: int, buffers: Sequence[WritableBuffer], *, wait: bool = True) -> int:
+        if not wait:
+            raise WouldBlock(f"{self.name}: cold")
+        return self.inner.readv(offset, buffers)
+
+
+class Run:
+    """One image being worked on."""
+
+    def __init__(self, spec: ImageSpec, *, inside: Mapping[int, Step] | None = None, faults: FaultPlan | None = None) -> None:
+        self.spec = spec
+        self.built: Built = build(spec)
+        self.subject = EngineSubject(spec)
+        self.log = OpLog()
+        self.errors: list[str] = []
+        self._serial = 0
+        self._interleaving = Interleaving(inside or {})
+        self._plan = faults if faults is not None else FaultPlan()
+        self._plan.on_call = self._on_call
+        self._may_fail = faults is not None
+        self._opening = True
+        self._reading = 0
+        self.memory = MemoryStorage(self.built.files[IMAGE], name=IMAGE)
+        self.disk: Qcow2Disk = self._open()
+        self.guest = self._read_plainly(self.built.files[IMAGE])
+
+    def recording(self) -> Recording:
+        return Recording(dict(self.built.files), self.guest, self.log.entries(), self._interleaving.calls, self.errors)
+
+    # Opening
+
+    def _open(self) -> Qcow2Disk:
+        files: dict[str, Storage] = {IMAGE: self._watched()}
+        if BACKING in self.built.files:
+            files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
+        self._opening = True
+        try:
+            return self.subject.open(files, writable=True)
+        finally:
+            self._opening = False
+
+    def _watched(self) -> Storage:
+        watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)
+        return _Cold(watched) if self.spec.cold else watched
+
+    def _read_plainly(self, content: bytes) -> bytes:
+        files: dict[str, Storage] = {IMAGE: MemoryStorage(content, name=IMAGE, writable=False)}
+        if BACKING in self.built.files:
+            files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
+        disk = self.subject.open(files, writable=False)
+        return disk.read(0, disk.size)
+
+    def open_again(self) -> None:
+        """After a close: the same file, in a new process."""
+        self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        self.disk = self._open()
+
+    def kill(self, *, repair_leaks: bool = False) -> None:
+        """What the process wrote stands in the page cache, and is not durable. A plan of faults has had its time."""
+        self._plan.nth = None
+        self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        if repair_leaks:
+            self._opening = True
+            repair(self._watched(), Mode.LEAKS)
+        self.disk = self._open()
+        self.log.note("reopened", data=self.disk.read(0, self.disk.size))
+
+    # Operations
+
+    def step(self, step: Step) -> None:
+        """Carry one out. Where calls may fail, so may it."""
+        try:
+            OPERATIONS[step.verb].perform(self, step)
+        except CowfenceError as error:
+            if not self._may_fail:
+                raise
+            self.errors.append(f"{step}: {error}")
+
+    def new_data(self, step: Step) -> bytes:
+        """Bytes for a write that no other write has."""
+        self._serial += 1
+        return tagged(step.offset, step.length_bytes, self._serial)
+
+    @contextmanager
+    def writing(self, offset: int, data: bytes, *, durable: bool = False) -> Iterator[None]:
+        """``durable``: it is flushed when it returns."""
+        token = self.log.note("write.begin", offset=offset, data=data)
+        with self._noted(token):
+            yield
+        if durable:
+            self.log.note("durable", of=token)
+
+    @contextmanager
+    def discarding(self, offset: int, length_bytes: int) -> Iterator[None]:
+        token = self.log.note("discard.begin", offset=offset, length_bytes=length_bytes)
+        with self._noted(token):
+            yield
+
+    @contextmanager
+    def flushing(self) -> Iterator[None]:
+        token = self.log.note("flush.begin")
+        with self._noted(token):
+            yield
+
+    @contextmanager
+    def _noted(self, token: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.log.note("failed", of=token)
+            raise
+        self.log.note("end", of=token)
+
+    def read(self, offset: int, length_bytes: int) -> None:
+        """A read by the guest: what it gets is judged like a state, for others may have been inside it."""
+        token = self.log.note("read.begin", offset=offset, length_bytes=length_bytes)
+        data = self.disk.read(offset, length_bytes)
+        self.log.note("read.end", of=token, data=data)
+
+    # Inside a call
+
+    def _on_call(self, kind: Kind, mark: str) -> None:
+        if self._opening or not (kind is Kind.FENCE or kind is Kind.READ or mark in _OUTSIDE_THE_LOCK) or self.disk.planning:
+            return
+        number = self._interleaving.calls
+        self._interleaving.calls += 1
+        step = self._interleaving.inside.get(number)
+        if step is not None:
+            self._step_inside(step)
+
+    def _step_inside(self, step: Step) -> None:
+        """Carried out only if it needs no commit of its own: one thread runs both, so to wait for the outer commit would be to
+        wait for ever."""
+        request_of = OPERATIONS[step.verb].request
+        assert request_of is not None
+        data = self.new_data(step) if step.verb == "write" else b""
+        request = request_of(step, data)
+        if step.verb == "discard":
+            token = self.log.note("discard.begin", offset=step.offset, length_bytes=step.length_bytes)
+        elif step.verb == "read":
+            token = self.log.note("read.begin", offset=step.offset, length_bytes=step.length_bytes)
+        else:
+            token = self.log.note("write.begin", offset=step.offset, data=data or bytes(step.length_bytes))
+        outcome = self.disk.submit([request], wait=False)[0]
+        if outcome is BLOCKED:
+            self.log.note("withdrawn", of=token)
+        elif isinstance(outcome, CowfenceError):
+            self.log.note("failed", of=token)
+        elif step.verb == "read":
+            self.log.note("read.end", of=token, data=bytes(outcome or b""))  # type: ignore[arg-type]
+        else:
+            self.log.note("end", of=token)
