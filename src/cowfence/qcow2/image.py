@@ -36,6 +36,7 @@ from cowfence.qcow2.header import (
     read_header,
 )
 from cowfence.qcow2.interval import IntervalCommit
+from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.read import Reads
 from cowfence.qcow2.reader import Cold, NeedsCommit
@@ -51,11 +52,19 @@ _EXTENTS_PIECE_TABLES = 4096
 """L2 tables that are looked at in one go, under the lock."""
 
 
-def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
-    """Open the image in ``storage``; the disk owns it from then on, and ``backing`` too.
+def open_image(
+    storage: Storage,
+    *,
+    backing: Disk | None,
+    writable: bool,
+    options: Options | None = None,
+    journal: Journal | None = None,
+) -> Qcow2Disk:
+    """Open the image in ``storage``; the disk owns it from then on, and ``backing`` and ``journal`` too.
 
-    ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). Raises NotThisFormat,
-    Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's errors; then both stay with the caller.
+    ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). ``journal``: where a keeper
+    finds what is pending. Raises NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
+    errors; then all three stay with the caller.
     """
     if writable:
         storage.fence("open.fence")
@@ -71,14 +80,23 @@ def open_image(storage: Storage, *, backing: Disk | None, writable: bool, option
 
             rebuild_dirty(storage)
             header = read_header(storage)
-    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options())
+    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options(), journal=journal)
 
 
 class Qcow2Disk:
     """A guest's disk in a qcow2 image. Thread-safe; belongs to the process that opened it."""
 
-    def __init__(self, storage: Storage, header: Header, backing: Disk | None, *, writable: bool, options: Options) -> None:
-        self._state = state = assemble(storage, header, backing, options)
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        backing: Disk | None,
+        *,
+        writable: bool,
+        options: Options,
+        journal: Journal | None = None,
+    ) -> None:
+        self._state = state = assemble(storage, header, backing, options, journal)
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
@@ -225,7 +243,8 @@ class Qcow2Disk:
         self._settle()
         at = 0
         while at < len(view):
-            at += self._mutate(lambda wait, at=at: self._writes.write(offset + at, view[at:], wait=wait))  # type: ignore[misc]
+            piece = view[at : at + self._state.piece_bytes]
+            at += self._mutate(lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait))  # type: ignore[misc]
         self._acknowledge(fua)
 
     def zero(self, offset: int, length_bytes: int, *, unmap: bool = True, fua: bool = False) -> None:
@@ -348,6 +367,8 @@ class Qcow2Disk:
                 outcomes.append(BLOCKED)
             if later and inline_writes:
                 later = self._allocate_inline(requests, outcomes, later)
+                if state.pending.notes:
+                    state.pending.publish()
         if self._interval is not None and committer.data_written:
             self._interval.start()
         for index in later:
@@ -357,7 +378,7 @@ class Qcow2Disk:
     def _allocate_inline(self, requests: Sequence[Request], outcomes: list[Outcome], later: list[int]) -> list[int]:
         """Writes inside one L2 table that neither wait nor need a commit, under the lock that is held already."""
         rest: list[int] = []
-        write, size, shift = Verb.WRITE, self._state.size, self._state.geometry.l1_shift
+        write, size, shift, piece_bytes = Verb.WRITE, self._state.size, self._l1_shift, self._state.piece_bytes
         for index in later:
             verb, offset, _, data, fua, _ = requests[index]
             length_bytes = len(data)
@@ -365,7 +386,7 @@ class Qcow2Disk:
             if (
                 verb is write
                 and not fua
-                and length_bytes
+                and 0 < length_bytes <= piece_bytes
                 and offset >= 0
                 and end <= size
                 and offset >> shift == end - 1 >> shift
@@ -433,6 +454,7 @@ class Qcow2Disk:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
                 else:
                     done = self._zeroes.discard(offset, length_bytes, wait=False)
+                self._state.pending.publish()
             except (Cold, NeedsCommit, NoSpace):
                 return False
         if self._interval is not None:
@@ -454,7 +476,10 @@ class Qcow2Disk:
             with state.lock:
                 check()
                 try:
-                    return plan(attempts > 3)
+                    result = plan(attempts > 3)
+                    if state.pending.notes:
+                        state.pending.publish()
+                    return result
                 except Cold as cold:
                     satisfy: Callable[[], object] = cold.warm
                 except NeedsCommit as need:
@@ -524,6 +549,9 @@ class Qcow2Disk:
                 if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")
         finally:
+            if self._state.pending.journal is not None:
+                # Before the file is unlocked: the keeper must not touch what others may hold.
+                self._state.pending.journal.close()
             self._state.storage.close()
             if self._state.backing is not None:
                 self._state.backing.close()
@@ -532,6 +560,8 @@ class Qcow2Disk:
         """In a forked child: every call raises from now on, and nothing is written or unlocked."""
         self._unready, self._size = Closed(f"{self._state.storage.name}: the disk belongs to the process that opened it"), -1
         self._interval = None
+        if self._state.pending.journal is not None:
+            self._state.pending.journal.disown()
 
     # Checks
 
