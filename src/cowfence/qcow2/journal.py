@@ -88,13 +88,18 @@ class Journal:
         self.operation_words = _GROUP_WORDS
         """The most that one operation can note. Set when the image is opened, which knows the size of its tables."""
 
-    @classmethod
-    def new(cls, memory: Memory, *, observe: Callable[[str], None] | None = None) -> Journal:
-        """An empty journal over all of ``memory``, whose length in bytes is a multiple of 8."""
+    @staticmethod
+    def clear(memory: Memory) -> None:
+        """Make all of ``memory``, whose length in bytes is a multiple of 8, an empty journal."""
         words = memoryview(memory).cast("B").cast("Q")
         words[:_HEAD_WORDS] = array("Q", bytes(_HEAD_WORDS * 8))
         words[_FIRST_AT[0]] = 1
         words[_MAGIC_AT] = _MAGIC
+
+    @classmethod
+    def new(cls, memory: Memory, *, observe: Callable[[str], None] | None = None) -> Journal:
+        """An empty journal over ``memory``."""
+        cls.clear(memory)
         return cls(memory, observe=observe)
 
     def snapshot(self) -> bytes:
