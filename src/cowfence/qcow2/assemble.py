@@ -67,7 +67,7 @@ def assemble(
     layout = Layout(storage.name, header.cluster_bits)
     pending = Pending(journal=journal)
     if journal is not None:
-        journal.operation_words = _PIECE_WORDS * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS
+        journal.expect(_PIECE_WORDS * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS)
     reader = MetadataReader(storage)
     l1 = _load(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
     refcount_table = _load(

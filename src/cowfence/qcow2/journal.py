@@ -6,16 +6,16 @@ acknowledged; when the writer dies, ``replay`` carries the notes out. The memory
 uses a ``bytearray``.
 
 **Form.** 64-bit words in the host's byte order: a head, then two areas of equal size. An area holds *groups* one behind the
-other: (generation, number of words, CRC-32 of the group with 0 in this place), then that many words of *notes*. A group is
-what one call did; a generation is what one commit freezes, and stands whole in one area.
+other: the generation, the number of words of *notes*, these, and the CRC-32 of all that. A group is what one call did; a
+generation is what one commit freezes, and stands whole in one area.
 
 **Append only.** A group is written behind the last one, and made visible by one store of the area's count word. Nothing
 visible is ever written again. When a commit freezes its generation, the next one begins in the other area, if all that stands
 there is retired; the count word of that area is set to 0 by one store first, so that a death at any instant shows the
 retired groups, or none. Generations only grow, and the retired word names the last one that is done with.
 
-**Bounded.** An operation asks for room before it begins (``has_room``) and commits first where there is none; nothing is ever
-left out. So that the notes of a large table are small, a copied table is noted as a copy: what it is copied from stands on disk
+**Bounded.** An operation asks for room before it begins (``room_words``) and commits first where there is none; nothing is
+ever left out. So that the notes of a large table are small, a copied table is noted as a copy: what it is copied from stands on disk
 untouched until the transaction is retired.
 
 **Notes.** The first word of each is (tag << 59 | place); places are in bits from the start of the file, but for FREED.
@@ -36,6 +36,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Callable, Iterator
+from struct import pack_into
 from typing import Final, NamedTuple, TypeAlias
 from zlib import crc32
 
@@ -76,7 +77,8 @@ class Journal:
 
     def __init__(self, memory: Memory, *, observe: Callable[[str], None] | None = None) -> None:
         """Read what is there. Raises NotThisFormat."""
-        self._words = words = memoryview(memory).cast("B").cast("Q")
+        self._bytes = memoryview(memory).cast("B")
+        self._words = words = self._bytes.cast("Q")
         self._area_words = (len(words) - _HEAD_WORDS) // 2
         self._observe = observe
         if self._area_words < _GROUP_WORDS or words[_MAGIC_AT] != _MAGIC:
@@ -86,7 +88,9 @@ class Journal:
         self.generation = 1
         """What is noted now belongs to it."""
         self.operation_words = _GROUP_WORDS
-        """The most that one operation can note. Set when the image is opened, which knows the size of its tables."""
+        """The most that one operation can note. See ``expect``."""
+        self.room_words = self._area_words - self._used - self.operation_words
+        """With more notes than this to be published, an operation must not begin. Hot paths read it directly."""
 
     @staticmethod
     def clear(memory: Memory) -> None:
@@ -108,23 +112,25 @@ class Journal:
 
     # The writer's side
 
-    def has_room(self, noted: int) -> bool:
-        """True if one operation more, beside ``noted`` words that are still to be published, fits into the area."""
-        return self._used + noted + self.operation_words <= self._area_words
+    def expect(self, operation_words: int) -> None:
+        """An operation notes at most so many words: known when the image is opened, from the size of its tables."""
+        self.operation_words = operation_words + _GROUP_WORDS
+        self.room_words = self._area_words - self._used - self.operation_words
 
     def publish(self, notes: list[int]) -> None:
         """Make the notes of finished calls visible."""
-        group = array("Q", (self.generation, len(notes), 0))
-        group.extend(notes)
-        group[2] = crc32(group)
-        at = _HEAD_WORDS + self._area * self._area_words + self._used
-        end = self._used + len(group)
-        if end > self._area_words:
-            # ``has_room`` keeps it from coming to this; an operation that is not noted must not be acknowledged.
+        count = len(notes)
+        used = self._used + count + _GROUP_WORDS
+        if used > self._area_words:
+            # Callers ask for room; an operation that is not noted must not be acknowledged.
             raise CowfenceError("the journal is full")
-        self._words[at : at + len(group)] = group
-        self._words[_COUNT_AT[self._area]] = end
-        self._used = end
+        at = _HEAD_WORDS + self._area * self._area_words + self._used
+        last = at + count + 2
+        pack_into(f"{count + 2}Q", self._bytes, at << 3, self.generation, count, *notes)
+        self._words[last] = crc32(self._bytes[at << 3 : last << 3])
+        self._words[_COUNT_AT[self._area]] = used
+        self._used = used
+        self.room_words = self._area_words - used - self.operation_words
         if self._observe is not None:
             self._observe("keeper.publish")
 
@@ -138,6 +144,7 @@ class Journal:
             self._words[_COUNT_AT[other]] = 0
             self._words[_FIRST_AT[other]] = self.generation
             self._area, self._used = other, 0
+            self.room_words = self._area_words - self.operation_words
         return frozen
 
     def retire(self, generation: int) -> None:
@@ -187,17 +194,14 @@ class Journal:
             begin = _HEAD_WORDS + area * self._area_words
             visible = self._words[begin : begin + min(self._words[_COUNT_AT[area]], self._area_words)]
             while visible:
-                head, body = visible[:_GROUP_WORDS], visible[_GROUP_WORDS:]
-                if len(head) < _GROUP_WORDS or head[1] > len(body) or head[0] < last:
+                if len(visible) < _GROUP_WORDS or visible[1] > len(visible) - _GROUP_WORDS or visible[0] < last:
                     return
-                group = array("Q", visible[: _GROUP_WORDS + head[1]])
-                group[2] = 0
-                if crc32(group) != head[2]:
+                last, end = visible[0], visible[1] + 2
+                if crc32(visible[:end]) != visible[end]:
                     return
-                last = head[0]
                 if last > self.retired:
-                    yield Group(last, group[_GROUP_WORDS:])
-                visible = body[head[1] :]
+                    yield Group(last, array("Q", visible[2:end]))
+                visible = visible[end + 1 :]
 
 
 def header_notes(offset: int, data: bytes) -> list[int]:
