@@ -180,9 +180,9 @@ def open(
     ``commit_interval``: seconds after which an idle guest's writes are committed; None: never on their own. ``discards``: give
     the host what the guest discards. ``lock``, ``force_share``: image locks as QEMU takes them; forced sharing reads beside a
     writer. ``direct``: around the page cache. ``cache_bytes``: of tables in memory. ``backing``, ``assume_backing_format``: see
-    ``open_chain``. ``keeper``: a small process beside this one completes what is not committed if this one is killed, so that no
-    write that returned is lost; for qcow2 images open for writing, not in unsafe mode. Those about caching and commits (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is
-    raised where they are given.
+    ``open_chain``. ``keeper``: a small process beside this one completes what is not committed if this one is killed, so that
+    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. Those about caching and commits
+    (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is raised where they are given.
 
     Raises NotThisFormat, Unsupported, Corrupt, Refused, Locked, ReadOnly, Invalid, StorageFailed.
     """

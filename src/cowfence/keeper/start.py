@@ -51,19 +51,24 @@ class KeptJournal(Journal):
 
     def __init__(self, storage: FileStorage) -> None:
         self._storage = storage
-        self._owner_pid = os.getpid()
         self._guard = threading.Lock()
         """Held while the process is started or ended."""
         self._closing = threading.Event()
         self._memory_fd = os.memfd_create("cowfence-journal", os.MFD_CLOEXEC)
-        os.ftruncate(self._memory_fd, _MEMORY_BYTES)
-        memory = mmap.mmap(self._memory_fd, _MEMORY_BYTES)
-        self.clear(memory)
-        super().__init__(memory)
-        # Not shared with anybody, so that it ends with us: see ``cowfence.storage.locks``.
-        self._life_fd = os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-        hold_byte(self._life_fd, WRITER_BYTE)
-        self._process = self._start()
+        self._memory: mmap.mmap | None = None
+        self._life_fd = -1
+        """Not shared with anybody, so that it ends with us: see ``cowfence.storage.locks``."""
+        try:
+            os.ftruncate(self._memory_fd, _MEMORY_BYTES)
+            self._memory = mmap.mmap(self._memory_fd, _MEMORY_BYTES)
+            self.clear(self._memory)
+            super().__init__(self._memory)
+            self._life_fd = os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            hold_byte(self._life_fd, WRITER_BYTE)
+            self._process = self._start()
+        except BaseException:
+            self._let_go()
+            raise
         self._watcher = threading.Thread(target=self._watch, name="cowfence-keeper", daemon=True)
         self._watcher.start()
 
@@ -137,9 +142,10 @@ class KeptJournal(Journal):
         return True
 
     def close(self) -> None:
-        super().close()
-        if os.getpid() != self._owner_pid or self._closing.is_set():
+        """Mark the journal closed, end the keeper, and let the memory go: the last call of all."""
+        if self._closing.is_set():
             return
+        super().close()
         with self._guard:
             self._closing.set()
         process = self._process
@@ -148,16 +154,26 @@ class KeptJournal(Journal):
         if self._watcher.is_alive():
             process.kill()
             self._watcher.join()
-        os.close(self._life_fd)
-        os.close(self._memory_fd)
+        self._let_go()
 
     def disown(self) -> None:
         """In a forked child: let go of what would make us look alive after the parent's end. No lock is asked for here."""
-        os.close(self._life_fd)
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._let_go()
         if self._process.stdin is not None:
             self._process.stdin.close()
         # It is no child of ours: nobody shall wait for it.
         self._process.returncode = 0
+
+    def _let_go(self) -> None:
+        os.close(self._memory_fd)
+        if self._life_fd >= 0:
+            os.close(self._life_fd)
+        if self._memory is not None:
+            self.release()
+            self._memory.close()
 
 
 def _close_input(process: subprocess.Popen[bytes]) -> None:

@@ -58,9 +58,7 @@ _PIECE_WORDS, _TABLES_WORDS = 6, 64
 """Of the journal: what is noted for one cluster (entry, count, freed), and for the tables around it."""
 
 
-def assemble(
-    storage: Storage, header: Header, backing: Disk | None, options: Options, journal: Journal | None = None
-) -> State:
+def assemble(storage: Storage, header: Header, backing: Disk | None, options: Options, journal: Journal | None = None) -> State:
     """The state of the image in ``storage``. Reads the L1 and the refcount table; raises Corrupt where the file lacks them."""
     geometry = header.geometry
     lock = threading.Lock()

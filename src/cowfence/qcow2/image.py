@@ -549,12 +549,14 @@ class Qcow2Disk:
                 if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")
         finally:
-            if self._state.pending.journal is not None:
-                # Before the file is unlocked: the keeper must not touch what others may hold.
-                self._state.pending.journal.close()
-            self._state.storage.close()
-            if self._state.backing is not None:
-                self._state.backing.close()
+            try:
+                if self._state.pending.journal is not None:
+                    # Before the file is unlocked: the keeper must not touch what others may hold.
+                    self._state.pending.journal.close()
+            finally:
+                self._state.storage.close()
+                if self._state.backing is not None:
+                    self._state.backing.close()
 
     def _disown(self) -> None:
         """In a forked child: every call raises from now on, and nothing is written or unlocked."""

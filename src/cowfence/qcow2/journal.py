@@ -15,8 +15,8 @@ there is retired; the count word of that area is set to 0 by one store first, so
 retired groups, or none. Generations only grow, and the retired word names the last one that is done with.
 
 **Bounded.** An operation asks for room before it begins (``room_words``) and commits first where there is none; nothing is
-ever left out. So that the notes of a large table are small, a copied table is noted as a copy: what it is copied from stands on disk
-untouched until the transaction is retired.
+ever left out. So that the notes of a large table are small, a copied table is noted as a copy: what it is copied from stands
+on disk untouched until the transaction is retired.
 
 **Notes.** The first word of each is (tag << 59 | place); places are in bits from the start of the file, but for FREED.
 
@@ -75,7 +75,7 @@ class Journal:
     ``observe`` is called after each change that a keeper could see, with its name: the recorder's hook.
     """
 
-    def __init__(self, memory: Memory, *, observe: Callable[[str], None] | None = None) -> None:
+    def __init__(self, memory: Memory, *, observe: Callable[[str], object] | None = None) -> None:
         """Read what is there. Raises NotThisFormat."""
         self._bytes = memoryview(memory).cast("B")
         self._words = words = self._bytes.cast("Q")
@@ -95,13 +95,13 @@ class Journal:
     @staticmethod
     def clear(memory: Memory) -> None:
         """Make all of ``memory``, whose length in bytes is a multiple of 8, an empty journal."""
-        words = memoryview(memory).cast("B").cast("Q")
-        words[:_HEAD_WORDS] = array("Q", bytes(_HEAD_WORDS * 8))
-        words[_FIRST_AT[0]] = 1
-        words[_MAGIC_AT] = _MAGIC
+        head = array("Q", bytes(_HEAD_WORDS * 8))
+        head[_FIRST_AT[0]] = 1
+        head[_MAGIC_AT] = _MAGIC
+        memoryview(memory).cast("B")[: _HEAD_WORDS * 8] = head.tobytes()
 
     @classmethod
-    def new(cls, memory: Memory, *, observe: Callable[[str], None] | None = None) -> Journal:
+    def new(cls, memory: Memory, *, observe: Callable[[str], object] | None = None) -> Journal:
         """An empty journal over ``memory``."""
         cls.clear(memory)
         return cls(memory, observe=observe)
@@ -170,6 +170,11 @@ class Journal:
 
     def disown(self) -> None:
         """In a forked child: the journal is the parent's."""
+
+    def release(self) -> None:
+        """Let go of the memory. The journal cannot be used any more."""
+        self._words.release()
+        self._bytes.release()
 
     # The keeper's side
 

@@ -57,8 +57,12 @@ def replay(storage: Storage, journal: Journal) -> Replayed:
         if journal.closed:
             return done
         if journal.poisoned:
-            raise CowfenceError(f"{storage.name}: a fence failed before its writer died: what it did since its last flush is lost")
-        generations = [(number, list(groups)) for number, groups in groupby(journal.unretired(), lambda group: group.generation)]
+            raise CowfenceError(
+                f"{storage.name}: a fence failed before its writer died: what it did since its last flush is lost"
+            )
+        generations = [
+            (number, list(groups)) for number, groups in groupby(journal.unretired(), lambda group: group.generation)
+        ]
         if not generations:
             return done
         storage.fence("keeper.fence")

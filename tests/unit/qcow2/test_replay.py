@@ -21,7 +21,7 @@ import pytest
 
 from cowfence.crash.explore import tagged
 from cowfence.crash.structure import fatal_findings
-from cowfence.disk.base import BLOCKED, Disk, Request, Verb
+from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.errors import Corrupt, CowfenceError, StorageFailed
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
@@ -167,7 +167,9 @@ class Judge:
         memory = MemoryStorage(state.content, "image")
 
         def watch(step: str) -> None:
-            inner.append(State(memory.snapshot(), journal.snapshot(), f"{state.step}; replay: {step}", state.before, state.after))
+            inner.append(
+                State(memory.snapshot(), journal.snapshot(), f"{state.step}; replay: {step}", state.before, state.after)
+            )
 
         log = WatchedLog(watch)
         journal = Journal(bytearray(state.journal), observe=log.note)
@@ -289,7 +291,7 @@ def test_an_operation_inside_each_fence_then_a_kill(name: str, inner: Operation)
     content, script = SCRIPTS[name]
     runs: list[Run] = []
 
-    def on_call(kind: Kind, mark: str) -> None:
+    def on_call(kind: Kind, _mark: str) -> None:
         if kind is Kind.FENCE and runs:
             runs[0].inside(inner)
 
@@ -368,7 +370,7 @@ def published_before_the_data() -> Iterator[None]:
 
 @contextmanager
 def acknowledged_before_published() -> Iterator[None]:
-    with mock.patch.object(Journal, "publish", lambda journal, notes: None):
+    with mock.patch.object(Journal, "publish"):
         yield
 
 
