@@ -38,7 +38,7 @@ from cowfence.qcow2.header import (
 from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.mapping import RunKind, runs
-from cowfence.qcow2.read import Reads
+from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
@@ -47,7 +47,6 @@ from cowfence.units import KIB
 
 T = TypeVar("T")
 
-_LONG_READ_BYTES = 64 * KIB
 _EXTENTS_PIECE_TABLES = 4096
 """L2 tables that are looked at in one go, under the lock."""
 
@@ -409,7 +408,7 @@ class Qcow2Disk:
         try:
             if verb is Verb.READ:
                 self._check_range(offset, length_bytes)
-                buffer = _unfilled(length_bytes)
+                buffer = unfilled(length_bytes)
                 self._reads.read_into(offset, memoryview(buffer), wait=wait)
                 return buffer
             if verb is Verb.FLUSH:
@@ -582,15 +581,6 @@ class Qcow2Disk:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
             raise self._committer.broken.with_traceback(None)
-
-
-def _unfilled(length_bytes: int) -> bytearray | memoryview:
-    """A buffer that a read is about to fill. A long one is not cleared first: that would cost a quarter of the read."""
-    if length_bytes < _LONG_READ_BYTES:
-        return bytearray(length_bytes)
-    import numpy as np
-
-    return np.empty(length_bytes, np.uint8).data
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()
