@@ -193,4 +193,7 @@ def start_keeper(storage: FileStorage) -> KeptJournal:
     try:
         return KeptJournal(storage)
     except OSError as error:
-        raise CowfenceError(f"{storage.name}: the keeper does not start: {error.strerror or error}") from error
+        raise CowfenceError(
+            f"{storage.name}: the keeper cannot be started: {error.strerror or error}; without it (--no-keeper) a kill may "
+            "lose what was not flushed"
+        ) from error

@@ -10,9 +10,9 @@ other: the generation, the number of words of *notes*, these, and the CRC-32 of 
 generation is what one commit freezes, and stands whole in one area.
 
 **Append only.** A group is written behind the last one, and made visible by one store of the area's count word. Nothing
-visible is ever written again. When a commit freezes its generation, the next one begins in the other area, if all that stands
-there is retired; the count word of that area is set to 0 by one store first, so that a death at any instant shows the
-retired groups, or none. Generations only grow, and the retired word names the last one that is done with.
+visible is ever written again. A generation begins in the other area if all that stands there is retired; the count word of
+that area is set to 0 by one store first, so that a death at any instant shows retired groups, or none. Generations only grow,
+and the retired word names the last one that is done with.
 
 **Bounded.** An operation asks for room before it begins (``room_words``) and commits first where there is none; nothing is
 ever left out. So that the notes of a large table are small, a copied table is noted as a copy: what it is copied from stands
@@ -85,8 +85,12 @@ class Journal:
             raise NotThisFormat("journal", "not a journal of this version")
         self._area = 0
         self._used = words[_COUNT_AT[0]]
+        self._begun = 0
+        """Words of the area that belong to earlier generations than ``generation``."""
         self.generation = 1
         """What is noted now belongs to it."""
+        self.damaged = False
+        """``unretired`` met a wrong checksum: notes are lost."""
         self.operation_words = _GROUP_WORDS
         """The most that one operation can note. See ``expect``."""
         self.room_words = self._area_words - self._used - self.operation_words
@@ -138,18 +142,26 @@ class Journal:
         """A commit freezes what was noted: later notes are of the next generation. Returns the frozen one."""
         frozen = self.generation
         self.generation = frozen + 1
-        other = 1 - self._area
+        self._begun = self._used
+        self._turn()
+        return frozen
+
+    def _turn(self) -> None:
+        """Go on in the other area, where that is free. Nothing of this generation is visible yet."""
         # The other area's generations are all older than what this area began with.
         if self._words[_FIRST_AT[self._area]] - 1 <= self._words[_RETIRED_AT]:
-            self._words[_COUNT_AT[other]] = 0
-            self._words[_FIRST_AT[other]] = self.generation
-            self._area, self._used = other, 0
+            self._area = 1 - self._area
+            self._words[_COUNT_AT[self._area]] = 0
+            self._words[_FIRST_AT[self._area]] = self.generation
+            self._used = self._begun = 0
             self.room_words = self._area_words - self.operation_words
-        return frozen
 
     def retire(self, generation: int) -> None:
         """Everything up to ``generation`` is durable. Before the clusters that it freed become available, or are punched."""
         self._words[_RETIRED_AT] = generation
+        if 0 < self._used == self._begun:
+            # After a commit that failed this area holds old generations, too.
+            self._turn()
         if self._observe is not None:
             self._observe("keeper.retire")
 
@@ -200,9 +212,11 @@ class Journal:
             visible = self._words[begin : begin + min(self._words[_COUNT_AT[area]], self._area_words)]
             while visible:
                 if len(visible) < _GROUP_WORDS or visible[1] > len(visible) - _GROUP_WORDS or visible[0] < last:
+                    self.damaged = True
                     return
                 last, end = visible[0], visible[1] + 2
                 if crc32(visible[:end]) != visible[end]:
+                    self.damaged = True
                     return
                 if last > self.retired:
                     yield Group(last, array("Q", visible[2:end]))

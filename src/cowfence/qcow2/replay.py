@@ -63,22 +63,27 @@ def replay(storage: Storage, journal: Journal) -> Replayed:
         generations = [
             (number, list(groups)) for number, groups in groupby(journal.unretired(), lambda group: group.generation)
         ]
-        if not generations:
-            return done
-        storage.fence("keeper.fence")
-        header = read_header(storage)
-        check_supported(header, storage.name)
-        check_bounds(header, storage.size(), storage.name)
-        state = assemble(storage, header, None, Options())
-        claim_all(state)
-        for number, groups in generations:
-            _Generation(state, journal, number).carry_out(groups)
-            done.generations += 1
-            done.groups += len(groups)
-        storage.fence("keeper.fence")
+        if generations:
+            _carry_out(storage, journal, generations, done)
+        if journal.damaged:
+            raise Corrupt(f"{storage.name}: journal", "a checksum is wrong; what was noted behind it is lost")
     except CowfenceError as failure:
         done.failure = failure
     return done
+
+
+def _carry_out(storage: Storage, journal: Journal, generations: list[tuple[int, list[Group]]], done: Replayed) -> None:
+    storage.fence("keeper.fence")
+    header = read_header(storage)
+    check_supported(header, storage.name)
+    check_bounds(header, storage.size(), storage.name)
+    state = assemble(storage, header, None, Options())
+    claim_all(state)
+    for number, groups in generations:
+        _Generation(state, journal, number).carry_out(groups)
+        done.generations += 1
+        done.groups += len(groups)
+    storage.fence("keeper.fence")
 
 
 class _Generation:

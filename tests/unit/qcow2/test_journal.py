@@ -79,6 +79,20 @@ def test_a_generation_whose_commit_failed_is_kept_until_a_later_one_ends_well() 
     assert visible(memory) == [(8, [8])]
 
 
+def test_after_a_failed_commit_and_a_good_one_the_whole_area_is_free_again() -> None:
+    writer, memory = journal(area_words=32)
+    writer.next_generation()  # fails, with nothing in it
+    writer.publish([0] * 10)
+    writer.next_generation()  # fails
+    writer.publish([0] * 10)
+    frozen = writer.next_generation()
+    assert writer.room_words < 10
+    writer.retire(frozen)
+    assert writer.room_words > 25
+    writer.publish([1] * 25)
+    assert visible(memory) == [(writer.generation, [1] * 25)]
+
+
 def test_room_is_known_before_and_nothing_is_dropped() -> None:
     writer, memory = journal(area_words=32)
     writer.expect(5)

@@ -402,7 +402,7 @@ def test_m36_broken_orders_of_the_keeper_are_caught(order: Callable[[], Any], na
 def pending_run() -> Run:
     run = Run(USED)
     run(("write", 10, 2))
-    run(("write", 0, 1))
+    run(("write", 20, 1))
     return run
 
 
@@ -448,3 +448,17 @@ def test_a_note_that_would_land_on_another_table_changes_nothing() -> None:
     failure, content = replayed(run, journal)
     assert isinstance(failure, Corrupt)
     assert content == run.memory.snapshot()
+
+
+def test_a_wrong_checksum_is_said_and_what_stands_before_it_is_done() -> None:
+    run = pending_run()
+    memory = bytearray(run.journal.snapshot())
+    groups = list(Journal(memory).unretired())
+    assert len(groups) == 2
+    # The last word of the second group's notes.
+    words = sum(len(group.notes) + 3 for group in groups)
+    memory[(8 + words - 2) * 8] ^= 1
+    failure, content = replayed(run, Journal(memory))
+    assert "checksum" in str(failure)
+    assert content != run.memory.snapshot()
+    assert not fatal_findings(content)
