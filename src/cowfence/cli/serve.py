@@ -1,4 +1,5 @@
-"""``cowfence serve``: serve one disk over NBD until SIGTERM or Ctrl-C, then commit everything and leave.
+"""``cowfence serve``: serve one disk over NBD until SIGTERM or Ctrl-C, then commit everything and leave. If it is killed, its
+keeper (``cowfence.keeper``) completes what is pending.
 
 One line on standard output, the NBD URI, says that it listens. Without ``--socket`` it listens at the loopback address only:
 NBD here has neither encryption nor passwords, so that any other address needs ``--insecure``.
