@@ -112,7 +112,9 @@ def test_a_keeper_that_dies_is_replaced_and_the_next_one_knows_all(image: Path) 
     client.flush()
     write_all(client, 150, 50)
     # Started is not yet ready.
-    wait_for(lambda: locks._is_held(opened, locks.KEEPER_BYTE) if (opened := os.open(image, os.O_RDONLY)) else False)
+    looker = os.open(image, os.O_RDONLY)
+    wait_for(lambda: locks._is_held(looker, locks.KEEPER_BYTE))
+    os.close(looker)
     assert "the writer died" in killed(server)
     assert kept(image) == WRITES
 
@@ -167,7 +169,6 @@ for name in ("writev", "fence", "discard"):
 def write(number):
     disk.write(number * step, f"write {number} ".encode().ljust(32, b".") * (block // 32))
     print(number, flush=True)
-disk.submit  # the image is open
 for number in range(10):
     write(number)
 disk.flush()

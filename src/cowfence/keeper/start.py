@@ -86,6 +86,7 @@ class KeptJournal(Journal):
                 descriptors = (image, own, self._memory_fd, writer)
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "cowfence.keeper", self._storage.name, *map(str, descriptors)],
+                    bufsize=0,  # No buffer, no lock of it that a fork could inherit.
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pass_fds=descriptors,

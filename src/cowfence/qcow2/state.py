@@ -140,6 +140,6 @@ class State:
         if (
             pending.freed_clusters > self.quarantine_limit
             or not self.refcounts.blocks.room_for(0)
-            or (pending.journal is not None and len(pending.notes) > pending.journal.room_words)
+            or (pending.journal is not None and len(pending.notes or ()) > pending.journal.room_words)
         ):
             raise NeedsCommit

@@ -105,8 +105,12 @@ class Pending:
     on_linked: list[Callable[[], None]] = field(default_factory=list)
     journal: Journal | None = None
     """Where the keeper finds it all, too. None: there is no keeper."""
-    notes: list[int] = field(default_factory=list)
-    """For the journal, and not in it yet: see ``publish``."""
+    notes: list[int] | None = None
+    """For the journal, and not in it yet: see ``publish``. None without a journal."""
+
+    def __post_init__(self) -> None:
+        if self.journal is not None:
+            self.notes = []
 
     def __bool__(self) -> bool:
         return bool(self.changed or self.header or self.freed)
@@ -119,13 +123,15 @@ class Pending:
         """Change an entry or a count."""
         table.set(index, value)
         self.changed[table.offset] = table
-        if self.journal is not None:
-            self.notes += (table.place + index * table.bits, value)
+        notes = self.notes
+        if notes is not None:
+            notes.append(table.place + index * table.bits)
+            notes.append(value)
 
     def add(self, table: AnyTable, copied: AnyTable | None = None) -> None:
         """Enter a fresh table before its entries are changed: all zeros, or it begins as ``copied`` does."""
         self.touch(table)
-        if self.journal is not None:
+        if self.notes is not None:
             tag = FRESH if copied is None else COPY
             self.notes += (tag << PLACE_BITS | table.offset << 3, table.length_bytes << 8 | KIND_NUMBERS[table.kind])
             if copied is not None:
@@ -135,14 +141,14 @@ class Pending:
         """``count`` host clusters lose one reference each, once what unlinks them is durable. See ``Freed``."""
         self.freed.append(Freed(first, count, discard, table))
         self.freed_clusters += count
-        if self.journal is not None:
+        if self.notes is not None:
             self.notes += (FREED << PLACE_BITS | first, count << 1 | table)
 
     def patch_header(self, offset: int, data: bytes, mark: str) -> None:
         """Change header bytes within sector 0, in LINK."""
         assert offset + len(data) <= SECTOR_BYTES
         self.header.append(Change(Stage.LINK, 0, offset, data, mark, Kind.HEADER))
-        if self.journal is not None:
+        if self.notes is not None:
             self.notes += header_notes(offset, data)
 
     def publish(self) -> None:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from cowfence.crash.explore import tagged
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.errors import Corrupt, CowfenceError, StorageFailed
+from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.reclaim import ClusterReclaimer
@@ -30,6 +32,7 @@ from cowfence.qcow2.replay import replay
 from cowfence.qcow2.transaction import Freed
 from cowfence.storage.base import Buffer
 from cowfence.storage.fault import Arrived, FaultPlan, FaultyStorage, Kind
+from cowfence.storage.file import FileStorage
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import Entry, OpLog
 from cowfence.storage.record import RecordingStorage
@@ -324,6 +327,33 @@ def test_when_the_journal_is_full_the_operation_commits_first() -> None:
     with open_image(memory, backing=None, writable=False) as left:
         for number in range(0, 1000, 2):
             assert left.read(number * CLUSTER, CLUSTER) == bytes([1 + number % 255]) * CLUSTER
+
+
+def test_the_largest_clusters_and_tables_fit_into_the_journal(tmp_path: Path) -> None:
+    """Every entry of the largest L2 table there is, in one call; what is noted for it is bounded by pieces."""
+    path = tmp_path / "wide"
+    path.touch()
+    cluster_bytes = 2 << 20
+    size = cluster_bytes << 18
+    storage = FileStorage.open(path, writable=True, lock=False)
+    write_new(storage, NewImage(size, cluster_bytes, preallocate_metadata=True))
+    memory = bytearray(4 << 20)
+    options = Options(commit_interval=None, quarantine_bytes=1 << 60)
+    disk = open_image(storage, backing=None, writable=True, options=options, journal=Journal.new(memory))
+    disk.write(cluster_bytes, b"before")
+    disk.flush()
+    fences = disk.fences
+    disk.zero(0, size)
+    disk.write(5 * cluster_bytes, b"after")
+    assert fences < disk.fences
+    copy = FileStorage.open(path, writable=True, lock=False)
+    assert replay(copy, Journal(memory)).failure is None
+    copy.close()
+    with open_image(FileStorage.open(path, lock=False), backing=None, writable=False) as left:
+        assert left.read(5 * cluster_bytes, 6) == b"after\0"
+        assert left.read(cluster_bytes, 6) == bytes(6)
+        assert [extent.start for extent in left.extents(0, size) if not extent.zero] == [5 * cluster_bytes]
+    disk.close()
 
 
 # The broken order M36 of the crash contract
