@@ -13,7 +13,7 @@ from cowfence.units import format_size
 from guest.disks import DISK_BYTES, LAYOUTS, make
 from guest.fetch import Missing, fetch, install_programs
 from guest.machine import accelerator
-from guest.rounds import KILLS, WRITERS, Round, run_rounds
+from guest.rounds import KILLS, WRITERS, Plan, Round, run_rounds
 from guest.screen import Screen, as_json
 
 WORK = Path("guest-work")
@@ -38,6 +38,7 @@ def main() -> int:
         guest = fetch(WORK / "cache")
         accel = arguments.accel if arguments.accel != "auto" else accelerator(guest, WORK / "probe.log")
         screen.fact("guest", f"Linux {guest.release} ({accel}), ext4 over virtio-blk, {WRITERS} writers")
+        plan = Plan(guest, accel, arguments.cache, arguments.writes)
         runs = WORK / "run"
         shutil.rmtree(runs, ignore_errors=True)
         for layout in layouts:
@@ -45,7 +46,7 @@ def main() -> int:
             # A layout has its own random numbers: its rounds are the same with and without the other.
             rng = random.Random(f"{seed} {layout}")
             kills = [KILLS[number % 2] if arguments.kill == "mixed" else arguments.kill for number in range(arguments.rounds)]
-            for ended in run_rounds(guest, accel, make(layout, runs / layout), kills, rng, arguments.writes):
+            for ended in run_rounds(plan, make(layout, runs / layout), kills, rng):
                 done.append((layout, ended))
                 screen.round(ended)
     except Missing as missing:
@@ -75,6 +76,12 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--writes", type=_positive, default=800, help="at most, before a kill (default: 800)")
     parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="of QEMU (default: kvm if it boots)")
+    parser.add_argument(
+        "--cache",
+        choices=("writeback", "writethrough", "unsafe"),
+        default="writeback",
+        help="of the server; with unsafe the test must fail (default: writeback)",
+    )
     parser.add_argument("--json", action="store_true", help="the facts as JSON on stdout, the screen on stderr")
     parser.add_argument("--keep", action="store_true", help=f"leave the images in {WORK}/run")
     return parser.parse_args()

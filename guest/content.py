@@ -1,7 +1,7 @@
 """What a write of the guest puts where: a function of its writer and its serial alone, so that no list need be kept.
 
 Each writer has a directory of ``SLOTS`` files and goes around them; a file is made, overwritten in place and replaced by a
-rename in turn, so that space is taken, rewritten and given back (the guest mounts with ``discard``). Every line of 64 bytes
+rename in turn, so that space is taken, rewritten and given back (the guest mounts with ``discard``). Every line of 512 bytes
 names writer, serial and line: a block that is foreign, old or at a wrong place shows.
 
 ``content.awk`` and ``writer.sh`` say the same inside the guest; a test runs them against this file.
@@ -14,7 +14,8 @@ from enum import Enum
 SLOTS = 64
 """Files of each writer."""
 
-LINE_BYTES = 64
+LINE_BYTES = 512
+"""One sector: short lines would keep an emulated processor busy."""
 
 
 class Manner(Enum):
@@ -53,7 +54,7 @@ def manner_of(serial: int) -> Manner:
 
 def line_count(writer: int, serial: int) -> int:
     """The length of the file after this write, in lines; an overwriting has the length of the write before it."""
-    return 1 + (writer * 104729 + slot_of(serial) * 7919 + (_stage(serial) + 1) // 3 * 15485863) % 1999
+    return 1 + (writer * 104729 + slot_of(serial) * 7919 + (_stage(serial) + 1) // 3 * 15485863) % 251
 
 
 def _stage(serial: int) -> int:
@@ -63,7 +64,9 @@ def _stage(serial: int) -> int:
 def content(writer: int, serial: int) -> bytes:
     """What the file holds after this write."""
     start = f"cowfence writer {writer:02d} serial {serial:08d} line "
-    return "".join(f"{start}{line:06d} ................\n" for line in range(line_count(writer, serial))).encode()
+    return b"".join(
+        f"{start}{line:06d}".ljust(LINE_BYTES - 1, ".").encode() + b"\n" for line in range(line_count(writer, serial))
+    )
 
 
 def verdict_of(found: bytes | None, writer: int, promised: int | None, under_way: int | None) -> Verdict:

@@ -50,19 +50,31 @@ def program(name: str) -> str:
     """The path of a program of `PROGRAMS`. Raises Missing."""
     path = shutil.which(name, path=_PATH)
     if path is None:
-        raise Missing(f"{name} is not installed (Debian: apt-get install {PROGRAMS[name]})")
+        raise _missing([name])
     return path
 
 
 def install_programs() -> list[str]:
     """Install the packages of missing programs; returns their names. Raises Missing where one is missing still."""
-    packages = sorted({package for name, package in PROGRAMS.items() if shutil.which(name, path=_PATH) is None})
+    packages = _packages(_absent())
     if packages and os.getuid() == 0 and not os.environ.get("COWFENCE_NO_INSTALL") and shutil.which("apt-get"):
         _apt("update", "-qq")
         _apt("install", "-qq", "-y", "--no-install-recommends", *packages)
-    for name in PROGRAMS:
-        program(name)
+    if still := _absent():
+        raise _missing(still)
     return packages
+
+
+def _absent() -> list[str]:
+    return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+
+
+def _packages(names: list[str]) -> list[str]:
+    return sorted({PROGRAMS[name] for name in names})
+
+
+def _missing(names: list[str]) -> Missing:
+    return Missing(f"not installed: {', '.join(names)} (Debian: apt-get install {' '.join(_packages(names))})")
 
 
 def fetch(cache: Path) -> Guest:

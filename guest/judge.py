@@ -103,4 +103,4 @@ def _debugfs(command: str, raw: Path) -> None:
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    return ((done.stdout + done.stderr).strip().splitlines() or ["no message"])[-1]
+    return ((done.stdout.strip() or done.stderr.strip()).splitlines() or ["no message"])[-1]

@@ -30,11 +30,11 @@ def accelerator(guest: Guest, kernel_log: Path) -> str:
 
 
 class Server:
-    """``cowfence serve`` on a Unix socket."""
+    """``cowfence serve`` on a Unix socket; ``cache`` is its option."""
 
-    def __init__(self, image: Path, socket: Path) -> None:
+    def __init__(self, image: Path, socket: Path, cache: str) -> None:
         socket.unlink(missing_ok=True)
-        words = ["serve", str(image), "--socket", str(socket)]
+        words = ["serve", str(image), "--socket", str(socket), "--cache", cache]
         self._process = subprocess.Popen([sys.executable, "-m", "cowfence.cli.main", *words], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         if not self._process.stdout.readline():

@@ -36,12 +36,25 @@ class Round:
     leaks_reclaimed: bool = False
 
 
-def run_rounds(guest: Guest, accel: str, disk: Disk, kills: list[str], rng: random.Random, most_writes: int) -> Iterator[Round]:
+@dataclass(frozen=True)
+class Plan:
+    """What is the same in every round."""
+
+    guest: Guest
+    accel: str
+    """QEMU's accelerator."""
+    cache: str
+    """``--cache`` of the server."""
+    most_writes: int
+    """Before a kill."""
+
+
+def run_rounds(plan: Plan, disk: Disk, kills: list[str], rng: random.Random) -> Iterator[Round]:
     """Each round as it ends; the first with a problem is the last. Raises Missing where the guest cannot work."""
     promises = Promises(WRITERS)
     for number, kill in enumerate(kills, 1):
         console = Console(promises)
-        _boot_and_kill(guest, accel, disk, kill, console, rng, most_writes)
+        _boot_and_kill(plan, disk, kill, console, rng)
         found = judge(disk, promises)
         if console.unknown:
             found.problems.append(f"the guest said what cannot be: {console.unknown[0]!r}")
@@ -55,22 +68,15 @@ def run_rounds(guest: Guest, accel: str, disk: Disk, kills: list[str], rng: rand
             return
 
 
-def _boot_and_kill(
-    guest: Guest, accel: str, disk: Disk, kill: str, console: Console, rng: random.Random, most_writes: int
-) -> None:
+def _boot_and_kill(plan: Plan, disk: Disk, kill: str, console: Console, rng: random.Random) -> None:
+    count, moment_seconds, server_first = rng.randint(1, plan.most_writes), rng.random() * 0.1, rng.random() < 0.5
     socket, kernel_log = disk.folder / "nbd.sock", disk.folder / "kernel.log"
-    server = Server(disk.image, socket)
-    machine = Machine(guest, accel, socket, console, kernel_log)
-    count, moment_seconds, server_first = rng.randint(1, most_writes), rng.random() * 0.1, rng.random() < 0.5
+    server = Server(disk.image, socket, plan.cache)
+    machine = Machine(plan.guest, plan.accel, socket, console, kernel_log)
     try:
-        if (
-            machine.wait_for(lambda seen: seen.synced >= count or bool(seen.broken), _BOOT_AND_WRITE_SECONDS)
-            and not console.broken
-        ):
-            time.sleep(moment_seconds)
-            reason = ""
-        else:
-            reason = console.broken or f"{console.synced} of {count} writes in {_BOOT_AND_WRITE_SECONDS:.0f} s"
+        machine.wait_for(lambda seen: seen.synced >= count or bool(seen.broken), _BOOT_AND_WRITE_SECONDS)
+        came_far_enough = console.synced >= count
+        time.sleep(moment_seconds)
     finally:
         if kill == "both":
             for process in (server, machine) if server_first else (machine, server):
@@ -81,7 +87,8 @@ def _boot_and_kill(
             machine.wait_for(lambda seen: seen.failed >= WRITERS, _ERRORS_SECONDS)
         machine.kill()
         machine.wait()
-    if reason:
+    if not came_far_enough:
+        reason = console.broken or f"{console.synced} of {count} writes in {_BOOT_AND_WRITE_SECONDS:.0f} s"
         said = machine.messages.decode(errors="replace").strip().splitlines()
         raise Missing(f"the guest did not work: {reason} {said[-1] if said else ''} (see {kernel_log})")
 

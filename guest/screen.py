@@ -9,6 +9,7 @@ from guest.content import Verdict
 from guest.rounds import Round
 
 _HEAD = f"  {'round':>5}  {'killed':<13} {'synced':>7} {'kept':>7} {'newer':>6} {'lost':>5} {'foreign':>8} {'leaks':>6}  e2fsck"
+_PROBLEMS_SHOWN = 12
 
 
 class Screen:
@@ -41,8 +42,10 @@ class Screen:
             f" {files[Verdict.LOST]:>5,} {files[Verdict.FOREIGN]:>8,} {done.found.ours.leaks:>6,}"
             f"  {checked if good else 'see below'}{'; leaks reclaimed' if done.leaks_reclaimed else ''}"
         )
-        for problem in done.found.problems:
+        for problem in done.found.problems[:_PROBLEMS_SHOWN]:
             self._print(f"        {self._paint('31', problem)}")
+        if len(done.found.problems) > _PROBLEMS_SHOWN:
+            self._print(f"        and {len(done.found.problems) - _PROBLEMS_SHOWN:,} more")
 
     def verdict(self, rounds: list[Round], seed: int, *, good: bool) -> None:
         """The last lines."""

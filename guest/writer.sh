@@ -13,7 +13,7 @@ write() {
 while [ "$serial" -le "$last" ]; do
     slot=$((serial % slots))
     stage=$((serial / slots + slot))
-    lines=$((1 + (writer * 104729 + slot * 7919 + (stage + 1) / 3 * 15485863) % 1999))
+    lines=$((1 + (writer * 104729 + slot * 7919 + (stage + 1) / 3 * 15485863) % 251))
     file=$directory/f$slot
     case $((stage % 3)) in
         0) rm -f "$file" && write "$file" fsync ;;
