@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from cowfence.units import format_size
-from guest.disks import DISK_BYTES, LAYOUTS, make
+from guest.disks import DISK_BYTES, LAYOUTS, OVERLAY_CLUSTER_BYTES, make
 from guest.fetch import Missing, fetch, install_programs
 from guest.machine import accelerator
 from guest.rounds import KILLS, WRITERS, Plan, Round, run_rounds
@@ -20,7 +20,7 @@ WORK = Path("guest-work")
 
 _WHAT = {
     "plain": f"ext4 on a qcow2 image of {format_size(DISK_BYTES)}",
-    "overlay": f"an overlay over a qcow2 base of {format_size(DISK_BYTES)} with ext4",
+    "overlay": f"ext4 on a qcow2 base of {format_size(DISK_BYTES)}, an overlay with {OVERLAY_CLUSTER_BYTES}-byte clusters over it",
 }
 
 

@@ -1,7 +1,7 @@
 """The images under test, and the commands that look at them: ours through the command line, as a user would run it, and QEMU's.
 
 A layout is a directory with ``disk.qcow2``: ``plain`` holds the file system itself; ``overlay`` is empty at first and stands
-over ``base.qcow2`` that holds it. Either way ``/base`` has files that no guest ever changes.
+over ``base.qcow2`` that holds it, with small clusters. Either way ``/base`` has files that no guest ever changes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from guest.fetch import program
 
 DISK_BYTES: Final = 512 * MIB
 LAYOUTS: Final = ("plain", "overlay")
+OVERLAY_CLUSTER_BYTES: Final = 4096
+"""Small: nearly every write of the guest is an allocation, and what it discards is given back."""
 BASE_FILES: Final = 200
 BASE_WRITER: Final = 99
 """Stands in the content of the files that no guest writes."""
@@ -65,7 +67,9 @@ def make(layout: str, folder: Path) -> Disk:
             if any(piece):
                 disk.write(offset, piece)
     if layout == "overlay":
-        cowfence.create(folder / "disk.qcow2", None, backing="base.qcow2", backing_format="qcow2").close()
+        cowfence.create(
+            folder / "disk.qcow2", cluster_size=OVERLAY_CLUSTER_BYTES, backing="base.qcow2", backing_format="qcow2"
+        ).close()
     raw.unlink()
     return Disk(layout, folder, _digest_of_base(folder))
 
@@ -82,6 +86,7 @@ class Checked:
     exit_code: int
     corruptions: int
     leaks: int
+    leaks_fixed: int
     message: str
 
     @property
@@ -121,7 +126,7 @@ def _checked(argv: list[str]) -> Checked:
     except ValueError:
         said = {}
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    return Checked(done.returncode, said.get("corruptions", 0), said.get("leaks", 0), last)
+    return Checked(done.returncode, said.get("corruptions", 0), said.get("leaks", 0), said.get("leaks-fixed", 0), last)
 
 
 def _run_when_unlocked(argv: list[str]) -> subprocess.CompletedProcess[str]:

@@ -61,7 +61,7 @@ def run_rounds(plan: Plan, disk: Disk, kills: list[str], rng: random.Random) -> 
         done = Round(number, kill, console.synced, console.failed, found)
         # Every other round goes on with the leaks of those before.
         if not found.problems and number % 2 == 0:
-            _reclaim(disk, found)
+            _reclaim(disk, promises, found)
             done.leaks_reclaimed = True
         yield done
         if found.problems:
@@ -93,8 +93,10 @@ def _boot_and_kill(plan: Plan, disk: Disk, kill: str, console: Console, rng: ran
         raise Missing(f"the guest did not work: {reason} {said[-1] if said else ''} (see {kernel_log})")
 
 
-def _reclaim(disk: Disk, found: Found) -> None:
-    """Take the leaks back; what this does to the guest's bytes, the next round's verdict says."""
+def _reclaim(disk: Disk, promises: Promises, found: Found) -> None:
+    """Take the leaks back; this must change nothing that a guest sees."""
     repaired = cowfence_check(disk.image, repair_leaks=True)
     if repaired.exit_code != 0:
         found.problems.append(f"cowfence check -r leaks: exit code {repaired.exit_code}, {repaired.leaks} leaks left")
+    elif repaired.leaks_fixed:
+        found.problems += judge(disk, promises).problems

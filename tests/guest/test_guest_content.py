@@ -43,7 +43,7 @@ def tree_with_base(folder: Path) -> Path:
 def judged(tree: Path, last: int) -> Found:
     promises = Promises(1)
     promises.last = [last]
-    clean = Checked(0, 0, 0, "")
+    clean = Checked(0, 0, 0, 0, "")
     found = Found(clean, clean)
     judge_files(tree, promises, found)
     return found
