@@ -20,7 +20,7 @@ WORK = Path("guest-work")
 
 _WHAT = {
     "plain": f"ext4 on a qcow2 image of {format_size(DISK_BYTES)}",
-    "overlay": f"ext4 on a qcow2 base of {format_size(DISK_BYTES)}, an overlay with {OVERLAY_CLUSTER_BYTES}-byte clusters over it",
+    "overlay": f"ext4 on a qcow2 base of {format_size(DISK_BYTES)}, under an overlay of {OVERLAY_CLUSTER_BYTES}-byte clusters",
 }
 
 

@@ -10,6 +10,13 @@ write() {
         dd "of=$1" bs=64k iflag=fullblock "conv=$2" status=none
 }
 
+# Makes the file's name durable too. After the directory the file again: on ext4, fsync of a directory answers "done" when there
+# is nothing to commit, even where a commit that another process had begun failed and took this change with it (seen with Linux
+# 6.1 when the server died, with any server). That of a file sends a flush to the disk, which fails then.
+settle() {
+    sync "$directory" && sync "$file"
+}
+
 while [ "$serial" -le "$last" ]; do
     slot=$((serial % slots))
     stage=$((serial / slots + slot))
@@ -19,7 +26,7 @@ while [ "$serial" -le "$last" ]; do
         0) rm -f "$file" && write "$file" fsync ;;
         1) write "$file" notrunc,fsync ;;
         2) write "$directory/new" fsync && mv -f "$directory/new" "$file" ;;
-    esac && sync "$directory" || {
+    esac && settle || {
         echo "failed $writer $serial"
         exit 1
     }
