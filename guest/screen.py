@@ -35,12 +35,13 @@ class Screen:
         files = done.found.files
         killed = "server" if done.kill == "server" else "server, qemu"
         checked = "journal replayed, clean" if done.found.journal_replayed else "clean"
+        reclaimed = "; leaks reclaimed" if done.leaks_reclaimed and done.found.ours.leaks else ""
         good = not done.found.problems
         mark = self._paint("1;32", "✓") if good else self._paint("1;31", "✗")
         self._print(
             f"{mark} {done.number:>5}  {killed:<13} {done.synced:>7,} {files[Verdict.KEPT]:>7,} {files[Verdict.NEWER]:>6,}"
             f" {files[Verdict.LOST]:>5,} {files[Verdict.FOREIGN]:>8,} {done.found.ours.leaks:>6,}"
-            f"  {checked if good else 'see below'}{'; leaks reclaimed' if done.leaks_reclaimed else ''}"
+            f"  {checked if good else 'see below'}{reclaimed}"
         )
         for problem in done.found.problems[:_PROBLEMS_SHOWN]:
             self._print(f"        {self._paint('31', problem)}")
