@@ -1,0 +1,301 @@
+"""Judging other programs: run a script through one, record what it does to its files, judge every crash state.
+
+Two recorders: QEMU's own ``blklogwrites`` driver, which needs no privilege and sees one image; and the FUSE mount (``fuse``),
+which sees any program, all files, truncation, and qemu-img. Commands are sent one at a time, so that "begun", "acknowledged" and
+"flushed" stand at their right places in the log; what the program does on its own while nobody asks counts to the last command.
+
+A recording is worth nothing if it lacks a write: after the run the replayed log must give the very bytes that the files hold.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cowfence.crash import logwrites, qemu
+from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
+from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
+from cowfence.crash.foreign_states import Model
+from cowfence.crash.script import Command, file_words, parse, with_paths
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.storage.oplog import Done, OpLog
+from cowfence.units import SECTOR_BYTES
+
+Recorder = Literal["blklogwrites", "fuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A script with the image that it starts from. ``prepare``: lines that make the files, not recorded.
+
+    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, or the command line
+    of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
+    """
+
+    name: str
+    why: str
+    prepare: tuple[str, ...]
+    commands: tuple[str, ...]
+    recorder: Recorder = "blklogwrites"
+    options: tuple[str, ...] = ()
+    program: str = "qemu-io"
+
+
+class _Serials:
+    """Serial numbers of the writes of a whole run, preparation included, so that no two writes carry the same tag."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def next(self) -> int:
+        self.last += 1
+        return self.last
+
+
+class _Session:
+    """Carries guest commands out through qemu-io. ``notes`` None: nothing is noted (preparation)."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path, serials: _Serials, notes: GuestNotes | None) -> None:
+        self._pattern = directory / "pattern"
+        self._serials = serials
+        self._notes = notes
+        self._io = qemu.QemuIo(arguments)
+
+    def run(self, command: Command, after: Callable[[], None]) -> str:
+        """One command; ``after`` is called between its answer and the note of its end. Returns the answer."""
+        data = b""
+        serial = self._serials.next()
+        if command.verb in ("write", "zero", "aio_write", "aio_zero"):
+            data = command.data(serial)
+        if command.verb == "write":
+            self._pattern.write_bytes(data)
+        token = self._begin(command, data)
+        answer = self._io.command(command.qemu_io(serial, str(self._pattern)))
+        after()
+        self._end(command, token, answer)
+        return answer
+
+    def _begin(self, command: Command, data: bytes) -> int:
+        notes = self._notes
+        if notes is None:
+            return 0
+        if command.verb == "flush":
+            return notes.begin_flush(command.text)
+        if command.verb == "discard":
+            return notes.begin_discard(command.text, command.offset, command.length_bytes)
+        return notes.begin_write(command.text, command.offset, data) if data else 0
+
+    def _end(self, command: Command, token: int, answer: str) -> None:
+        succeeded = answer.startswith(("wrote", "discard ")) if command.verb in ("write", "zero", "discard") else not answer
+        notes = self._notes
+        if notes is None:
+            if command.verb in ("write", "zero", "discard") and not succeeded:
+                raise qemu.ProgramFailed(f"{command.text}: {answer.strip()}")
+            return
+        if command.verb == "flush" and succeeded:
+            notes.end_flush(token)
+        elif command.verb in ("aio_write", "aio_zero"):
+            notes.postpone(token)
+        elif command.verb == "aio_flush" and "failed" not in answer:
+            notes.end_postponed()
+        elif command.verb in ("write", "zero", "discard") and succeeded:
+            notes.end(token)
+
+    def close(self) -> None:
+        self._io.close()
+
+
+def record(workload: Workload) -> ForeignRun:
+    """Make the files, run the script, and give what was recorded. Raises MissingProgram, ProgramFailed, Invalid."""
+    with tempfile.TemporaryDirectory(prefix="cowfence-judge-") as name:
+        return _Recording(workload, Path(name)).run()
+
+
+class _Recording:
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        self._workload = workload
+        self._directory = directory
+        self._prepare = parse(workload.prepare)
+        self._commands = parse(workload.commands)
+        self._serials = _Serials()
+        words = {IMAGE: None, **dict.fromkeys(file_words((*self._prepare, *self._commands)))}
+        self._files = directory / "files"
+        self._files.mkdir()
+        self._names = list(words)
+        self.log = OpLog()
+        self._notes = GuestNotes(self.log)
+
+    def run(self) -> ForeignRun:
+        self._make()
+        names = [name for name in self._names if (self._files / name).exists()]
+        if IMAGE not in names:
+            raise Invalid("the preparation makes no IMG")
+        initial = {name: (self._files / name).read_bytes() for name in names}
+        guest = guest_bytes(self._files / IMAGE)
+        if self._workload.recorder == "fuse":
+            self._run_in_mount(names)
+        else:
+            self._run_with_driver()
+        run = ForeignRun(initial, guest, self.log.entries(), f"QEMU {qemu.version()}", self._workload.commands)
+        for name, content in replay(run).items():
+            if content != (self._files / name).read_bytes():
+                raise CowfenceError(f"the recorded log does not give what {name} holds now: something was not recorded")
+        return run
+
+    def _make(self) -> None:
+        session: _Session | None = None
+        paths = {name: str(self._files / name) for name in self._names}
+        for command in self._prepare:
+            if command.verb == "tool":
+                if session is not None:
+                    session.close()
+                    session = None
+                # Inside its directory, so that a relative backing file name goes on to hold in the mount.
+                qemu.run(with_paths(command.words, paths))
+            else:
+                if session is None:
+                    session = _Session(self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None)
+                session.run(command, lambda: None)
+        if session is not None:
+            session.close()
+
+    def _arguments(self, file_options: str) -> list[str]:
+        options = ["driver=qcow2", "discard=unmap", *self._workload.options, "file.discard=unmap", file_options]
+        return ["-t", "writeback", "--image-opts", ",".join(options)]
+
+    def _run_with_driver(self) -> None:
+        if any(command.verb == "tool" for command in self._commands):
+            raise Invalid("qemu-img commands are recorded by the FUSE mount only")
+        log_file = self._directory / "log"
+        log_file.touch()
+        taken = 0
+
+        def take() -> None:
+            nonlocal taken
+            entries = list(logwrites.read_log(log_file.read_bytes(), sector_bytes=SECTOR_BYTES))
+            for entry in entries[taken:]:
+                for operation in logwrites.operations_of(entry, IMAGE):
+                    self.log.append(Done(self.log.append(operation)))
+            taken = len(entries)
+
+        driver = "file.driver=blklogwrites,file.file.discard=unmap,file.file.driver=file,file.file.filename="
+        session = _Session(
+            self._arguments(f"{driver}{self._files / IMAGE},file.log.driver=file,file.log.filename={log_file}"),
+            self._directory,
+            self._serials,
+            self._notes,
+        )
+        take()
+        for command in self._commands:
+            session.run(command, take)
+        session.close()
+        take()
+
+    def _run_in_mount(self, names: list[str]) -> None:
+        from cowfence.crash.fuse import FuseRecorder
+
+        mount = self._directory / "mount"
+        mount.mkdir()
+        with FuseRecorder(mount, {name: self._files / name for name in names}, self.log):
+            self._run_commands(mount)
+
+    def _run_commands(self, mount: Path) -> None:
+        paths = {name: str(mount / name) for name in self._names}
+        with ExitStack() as stack:
+            session: _Session | None = None
+            for command in self._commands:
+                if command.verb != "tool":
+                    if session is None:
+                        session = _Session(
+                            self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, self._notes
+                        )
+                    session.run(command, lambda: None)
+                    continue
+                if session is not None:
+                    session.close()
+                    session = None
+                token = self.log.note("tool.begin", command=command.text)
+                done = qemu.run(with_paths(command.words, paths), check=False)
+                self.log.note("tool.end", token=token, ok=done.returncode == 0, said=(done.stderr or done.stdout).strip())
+            if session is not None:
+                stack.callback(session.close)
+
+
+def guest_bytes(image: Path) -> bytes:
+    """The bytes of the disk in an image, as QEMU itself reads them."""
+    with tempfile.TemporaryDirectory() as name:
+        raw = Path(name) / "raw"
+        qemu.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(image), str(raw)])
+        return raw.read_bytes()
+
+
+def judge(
+    run: ForeignRun, model: Model, *, budget_seconds: float | None = None, seed: int = 0, limit: int = 4096, stop_at: int = 20
+) -> ForeignVerdicts:
+    """Judge a recorded run; each violation is put before QEMU itself as well (``confirmed``)."""
+    verdicts = judge_run(run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at)
+    for violation in verdicts.violations:
+        violation.confirmed = confirm(run, violation)
+    return verdicts
+
+
+@contextmanager
+def state_files(run: ForeignRun, violation: ForeignViolation) -> Iterator[Path]:
+    """The files of a crash state in a directory, under their names in the run."""
+    with tempfile.TemporaryDirectory(prefix="cowfence-state-") as name:
+        for file, content in violation.files.items():
+            (Path(name) / file).write_bytes(content)
+        yield Path(name) / run.image
+
+
+def confirm(run: ForeignRun, violation: ForeignViolation) -> str:
+    """What QEMU says about a crash state: its check, and how it reads the sector concerned."""
+    with state_files(run, violation) as image:
+        check = qemu.run(["qemu-img", "check", "-U", "-f", "qcow2", str(image)], check=False)
+        lines = [line for line in (check.stdout + check.stderr).splitlines() if line.strip()]
+        summary = next((line for line in lines if "leaked" in line or "errors" in line or "No errors" in line), "")
+        told = [f"qemu-img check: exit code {check.returncode}" + (f", {summary.strip()}" if summary else "")]
+        if violation.sector is not None:
+            told.append(_read_by_qemu(image, violation.sector))
+        return "; ".join(told)
+
+
+def _read_by_qemu(image: Path, sector: int) -> str:
+    words = ["qemu-io", "-U", "-r", "-f", "qcow2", "-c", f"read -v {sector * SECTOR_BYTES} {SECTOR_BYTES}", str(image)]
+    done = qemu.run(words, check=False)
+    lines = (done.stdout + done.stderr).splitlines()
+    failed = next((line for line in lines if "failed" in line or "rror" in line), None)
+    if failed:
+        return f"qemu-io read of sector {sector}: {failed.strip()}"
+    first = lines[0].split("  ")[0:2] if lines else []
+    text = lines[0].rsplit("  ", 1)[-1] if lines else ""
+    return f"qemu-io reads sector {sector} as {' '.join(first).strip()} {text!r}"
+
+
+def shrink(workload: Workload, violation: ForeignViolation, judge_again: Callable[[ForeignRun], ForeignVerdicts]) -> Workload:
+    """The workload with as few commands as still break the same clause."""
+    commands = list(workload.commands)
+    at = 0
+    while at < len(commands) and len(commands) > 1:
+        fewer = replace(workload, commands=tuple(commands[:at] + commands[at + 1 :]))
+        try:
+            again = judge_again(record(fewer))
+        except CowfenceError:
+            again = ForeignVerdicts()
+        if any(
+            one.clause == violation.clause and one.breaks_promise == violation.breaks_promise for one in again.violations
+        ):
+            del commands[at]
+        else:
+            at += 1
+    return replace(workload, commands=tuple(commands))
+
+
+def has_fuse() -> bool:
+    """True where a FUSE file system could be mounted, as far as one can see without trying."""
+    return os.path.exists("/dev/fuse")

@@ -1,0 +1,303 @@
+"""The oracle for foreign engines: which views of a crash state the program's own promises, and our clauses, allow.
+
+Between commands of a whole-image tool the guest's model speaks: each sector is its flushed value or one written to that very
+sector since (C2, C3), snapshots read the same (C6), the size stays. What was acknowledged and not flushed may be lost, wholly,
+in the kill model too: a program that keeps its tables in memory promises no more. While a tool runs the view is the one before
+or the one after it (C7, C8); after it returned, the one after. Leaks are fine, and so is COPIED on a cluster with one reference and
+a count that is too high (C5).
+
+``breaks_promise`` separates two kinds of violation. True: bytes that were durable read as something else, or cannot be read. No
+program means that to happen. False: our contract asks for more than the program ever said, such as an atomic resize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from cowfence.crash.foreign_explain import explain, value_words
+from cowfence.crash.foreign_run import ForeignRun, replay
+from cowfence.crash.foreign_states import CrashedFiles, Model, Walk
+from cowfence.crash.foreign_view import View, look
+from cowfence.crash.model import GuestModel
+from cowfence.storage.oplog import Note
+from cowfence.units import SECTOR_BYTES
+
+
+_SHOWN = 3
+"""Of what did not arrive, so much is named."""
+
+
+@dataclass(slots=True)
+class ForeignViolation:
+    """One way in which states break a clause, with the first such state. ``states``: how many broke it so.
+
+    ``sector``: the first guest sector concerned, where one is. ``edge``: the sentence that names the missing order.
+    ``confirmed``: what QEMU says about the state, where it was asked.
+    """
+
+    clause: str
+    model: Model
+    what: str
+    position: int
+    after: str
+    missing: tuple[str, ...]
+    breaks_promise: bool
+    edge: str
+    sector: int | None
+    files: Mapping[str, bytes] = field(repr=False)
+    states: int = 1
+    confirmed: str = ""
+
+    def __str__(self) -> str:
+        shown = [*self.missing[:_SHOWN], *([f"{len(self.missing) - _SHOWN} more"] if len(self.missing) > _SHOWN else [])]
+        missing = f"; not arrived: {', '.join(shown)}" if shown else ""
+        return f"{self.clause}, {self.model} model: {self.edge} (crash after entry {self.position}, {self.after}{missing})"
+
+
+@dataclass(slots=True)
+class ForeignVerdicts:
+    """``states``: judged; ``distinct``: contents among them; ``exhaustive``: no state of the model was left out."""
+
+    states: int = 0
+    distinct: int = 0
+    exhaustive: bool = True
+    violations: list[ForeignViolation] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    clause: str
+    what: str
+    breaks_promise: bool
+    sector: int | None = None
+    flushed: bytes | None = None
+
+
+class _Guest(GuestModel):
+    """The guest's model, asked for words as well."""
+
+    def flushed_value(self, sector: int) -> bytes:
+        """What the last returned flush made durable in a sector."""
+        return self._history[sector][0].values[0]
+
+    def has_changed(self, sector: int) -> bool:
+        """True if something was written to the sector, or discarded, since it was flushed."""
+        return len(self._history[sector]) > 1
+
+
+class _Expectation:
+    """What a state may show at a point of the log."""
+
+    def __init__(self, run: ForeignRun) -> None:
+        self._run = run
+        self._tools = self._tool_views()
+        self.view = look(run.initial, run.image)
+        """The view that is durable and complete, as far as whole-image tools go."""
+        self.other: View | None = None
+        """While a tool runs: the view after it."""
+        self.changes = 0
+        self._flushes: dict[int, int] = {}
+        self._writes: dict[int, int] = {}
+        self._start(run.guest)
+
+    def _start(self, guest: bytes) -> None:
+        self.model = _Guest(len(guest), bytearray(len(guest)))
+        self.model.start(guest)
+
+    def _tool_views(self) -> dict[int, tuple[View, View]]:
+        """For each tool of the log, by the position of its first note, the views before and after it."""
+        found: dict[int, tuple[View, View]] = {}
+        begun = 0
+        for position, entry in enumerate(self._run.entries):
+            if isinstance(entry, Note) and entry.event == "tool.begin":
+                begun = position
+            elif isinstance(entry, Note) and entry.event == "tool.end":
+                files = replay(self._run, begun), replay(self._run, position)
+                found[begun] = look(files[0], self._run.image), look(files[1], self._run.image)
+        return found
+
+    def note(self, position: int, note: Note) -> None:
+        self.changes += 1
+        fields = note.fields
+        token = int(str(fields.get("token", position)))
+        if note.event == "write.begin":
+            data = fields["data"]
+            assert isinstance(data, bytes)
+            self._writes[position] = self.model.begin_write(int(str(fields["offset"])), data)
+        elif note.event == "discard.begin":
+            where = int(str(fields["offset"])), int(str(fields["length_bytes"]))
+            self._writes[position] = self.model.begin_discard(*where)
+        elif note.event == "end":
+            self.model.end(self._writes.pop(token))
+        elif note.event == "flush.begin":
+            self._flushes[position] = self.model.begin_flush()
+        elif note.event == "flush.end":
+            self.model.end_flush(self._flushes.pop(token))
+        elif note.event == "tool.begin":
+            self.view, self.other = self._tools.get(position, (self.view, None))
+            self._start(self.view.guest)
+        elif note.event == "tool.end" and self.other is not None:
+            self.view, self.other = self.other, None
+            self._start(self.view.guest)
+
+    def broken(self, view: View) -> _Broken | None:
+        """The first clause that ``view`` breaks, the worst first; None where it keeps them all."""
+        if view.error is not None:
+            return _Broken("C1", view.error, breaks_promise=True)
+        return self._sectors(view) or self._snapshots(view) or self._whole(view) or self._structure(view)
+
+    def _sectors(self, view: View) -> _Broken | None:
+        if self.other is None:
+            wrong = self.model.wrong_sectors(view.guest.ljust(self.model.size, b"\0"))
+        else:
+            wrong = [sector for sector in _sectors(view.guest) if not self._in_either(view.guest, sector)]
+        wrong = sorted({*wrong, *(view.unreadable or ())})
+        if not wrong:
+            return None
+        sector = wrong[0]
+        why = (view.unreadable or {}).get(sector)
+        reads = f"an error ({why})" if why else value_words(_at(view.guest, sector), sector)
+        flushed = self._flushed(sector)
+        clause = "C3" if self.other is not None or self.model.has_changed(sector) else "C2"
+        what = f"guest sector {sector} was flushed as {value_words(flushed, sector)}, now reads {reads}"
+        if len(wrong) > 1:
+            what += f"; {len(wrong)} sectors are wrong"
+        return _Broken(clause, what, True, sector, flushed)
+
+    def _flushed(self, sector: int) -> bytes:
+        return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)
+
+    def _in_either(self, guest: bytes, sector: int) -> bool:
+        assert self.other is not None
+        value = _at(guest, sector)
+        return any(value == _at(side.guest, sector).ljust(len(value), b"\0") for side in (self.view, self.other))
+
+    def _snapshots(self, view: View) -> _Broken | None:
+        before, now = dict(self.view.snapshots or {}), dict(view.snapshots or {})
+        after = before if self.other is None else dict(self.other.snapshots or {})
+        for key in before.keys() & after.keys():
+            if before[key] == after[key] and now.get(key) != before[key]:
+                return _Broken("C6", f"snapshot {key[1]!r} reads differently or is gone: {now.get(key)}", breaks_promise=True)
+        if now not in (before, after):
+            names = ", ".join(name for _, name in now) or "none"
+            return _Broken("C7", f"the list of snapshots ({names}) is neither before nor after", breaks_promise=False)
+        return None
+
+    def _whole(self, view: View) -> _Broken | None:
+        sides = [self.view] if self.other is None else [self.view, self.other]
+        if view.size_bytes not in {side.size_bytes for side in sides}:
+            return _Broken("C8", f"the size is {view.size_bytes}, neither before nor after", breaks_promise=False)
+        if view.backing not in {side.backing for side in sides}:
+            return _Broken("C9", f"the backing file is {view.backing!a}, neither before nor after", breaks_promise=False)
+        if self.other is not None and (view.size_bytes, view.guest) not in {(side.size_bytes, side.guest) for side in sides}:
+            return _Broken("C8", "the disk is a mix of before and after", breaks_promise=False)
+        return None
+
+    def _structure(self, view: View) -> _Broken | None:
+        known = set(self.view.findings) | set(self.other.findings if self.other else ())
+        new = [finding for finding in view.findings if finding not in known]
+        if new:
+            return _Broken("C5", new[0], breaks_promise=False)
+        return None
+
+
+def _sectors(guest: bytes) -> range:
+    return range(-(-len(guest) // SECTOR_BYTES))
+
+
+def _at(guest: bytes, sector: int) -> bytes:
+    return guest[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
+
+
+def judge_run(
+    run: ForeignRun,
+    model: Model,
+    *,
+    budget_seconds: float | None = None,
+    limit: int = 4096,
+    seed: int = 0,
+    stop_at: int = 20,
+) -> ForeignVerdicts:
+    """Judge every state of a run under a device model. Stops after ``stop_at`` different violations, or at the budget."""
+    expectation = _Expectation(run)
+    walk = Walk(run, model, limit=limit, seed=seed)
+    verdicts = ForeignVerdicts()
+    found: dict[tuple[str, str], ForeignViolation] = {}
+    for state, broken in _judged(walk, run, expectation, verdicts, budget_seconds):
+        why = explain(run, state, broken.sector) if broken.sector is not None else ""
+        key = broken.clause, _without_digits(why or broken.what)
+        known = found.get(key)
+        if known is None and len(found) >= stop_at:
+            verdicts.exhaustive = False
+            break
+        if known is None or len(state.missing) < len(known.missing):
+            found[key] = _violation(run, model, state, broken, why)
+        found[key].states = 1 + (known.states if known else 0)
+    verdicts.violations = list(found.values())
+    verdicts.exhaustive &= not walk.sampled
+    return verdicts
+
+
+def _judged(
+    walk: Walk, run: ForeignRun, expectation: _Expectation, verdicts: ForeignVerdicts, budget_seconds: float | None
+) -> Iterator[tuple[CrashedFiles, _Broken]]:
+    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+    views: dict[bytes, View] = {}
+    judged: set[tuple[bytes, int]] = set()
+    for item in walk:
+        if not isinstance(item, CrashedFiles):
+            expectation.note(item.position, item.note)
+            continue
+        if deadline is not None and time.monotonic() > deadline:
+            verdicts.exhaustive = False
+            return
+        verdicts.states += 1
+        digest = _digest(item.files)
+        if (digest, expectation.changes) in judged:
+            continue
+        judged.add((digest, expectation.changes))
+        view = views.get(digest)
+        if view is None:
+            verdicts.distinct += 1
+            view = views[digest] = look(item.files, run.image)
+        broken = expectation.broken(view)
+        if broken is not None:
+            yield item, broken
+
+
+def _digest(files: Mapping[str, bytes]) -> bytes:
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(files):
+        total.update(hashlib.blake2b(files[name], digest_size=16).digest())
+    return total.digest()
+
+
+def _violation(run: ForeignRun, model: Model, state: CrashedFiles, broken: _Broken, why: str) -> ForeignViolation:
+    return ForeignViolation(
+        clause=broken.clause,
+        model=model,
+        what=broken.what,
+        position=state.position,
+        after=_mark(run, state.position),
+        missing=state.missing,
+        breaks_promise=broken.breaks_promise,
+        edge=f"{broken.what}; {why}" if why else broken.what,
+        sector=broken.sector,
+        files=state.files,
+    )
+
+
+def _without_digits(text: str) -> str:
+    """Violations of one kind differ in numbers only: one sentence is told for all of them."""
+    return "".join(char for char in text if not char.isdigit())[:400]
+
+
+def _mark(run: ForeignRun, position: int) -> str:
+    for entry in reversed(run.entries[: position + 1]):
+        mark = getattr(entry, "mark", None)
+        if mark is not None:
+            return str(mark)
+    return "the start"
