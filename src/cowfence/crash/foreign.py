@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from cowfence.crash import logwrites, qemu
 from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
 from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
 from cowfence.crash.foreign_states import Model
+from cowfence.crash.foreign_view import look
 from cowfence.crash.script import Command, file_words, parse, with_paths
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.storage.oplog import Done, OpLog
@@ -109,6 +110,9 @@ class _Session:
     def close(self) -> None:
         self._io.close()
 
+    def kill(self) -> None:
+        self._io.kill()
+
 
 def record(workload: Workload) -> ForeignRun:
     """Make the files, run the script, and give what was recorded. Raises MissingProgram, ProgramFailed, Invalid."""
@@ -151,13 +155,13 @@ class _Recording:
         session: _Session | None = None
         paths = {name: str(self._files / name) for name in self._names}
         for command in self._prepare:
-            if command.verb == "tool":
+            if command.verb in ("tool", "kill"):
                 if session is not None:
-                    session.close()
+                    session.kill() if command.verb == "kill" else session.close()
                     session = None
-                # Inside its directory, so that a relative backing file name goes on to hold in the mount.
+            if command.verb == "tool":
                 qemu.run(with_paths(command.words, paths))
-            else:
+            elif command.verb != "kill":
                 if session is None:
                     session = _Session(self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None)
                 session.run(command, lambda: None)
@@ -169,8 +173,8 @@ class _Recording:
         return ["-t", "writeback", "--image-opts", ",".join(options)]
 
     def _run_with_driver(self) -> None:
-        if any(command.verb == "tool" for command in self._commands):
-            raise Invalid("qemu-img commands are recorded by the FUSE mount only")
+        if any(command.verb in ("tool", "kill") for command in self._commands):
+            raise Invalid("qemu-img and kill are recorded by the FUSE mount only")
         log_file = self._directory / "log"
         log_file.touch()
         taken = 0
@@ -206,24 +210,24 @@ class _Recording:
 
     def _run_commands(self, mount: Path) -> None:
         paths = {name: str(mount / name) for name in self._names}
-        with ExitStack() as stack:
-            session: _Session | None = None
-            for command in self._commands:
-                if command.verb != "tool":
-                    if session is None:
-                        session = _Session(
-                            self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, self._notes
-                        )
-                    session.run(command, lambda: None)
-                    continue
-                if session is not None:
-                    session.close()
-                    session = None
+        session: _Session | None = None
+        for command in self._commands:
+            if command.verb in ("tool", "kill") and session is not None:
+                session.kill() if command.verb == "kill" else session.close()
+                session = None
+            if command.verb == "tool":
                 token = self.log.note("tool.begin", command=command.text)
                 done = qemu.run(with_paths(command.words, paths), check=False)
                 self.log.note("tool.end", token=token, ok=done.returncode == 0, said=(done.stderr or done.stdout).strip())
-            if session is not None:
-                stack.callback(session.close)
+            elif command.verb == "kill":
+                self.log.note("reopened", command="kill", data=guest_bytes(self._files / IMAGE))
+            else:
+                if session is None:
+                    arguments = self._arguments(f"file.filename={paths[IMAGE]}")
+                    session = _Session(arguments, self._directory, self._serials, self._notes)
+                session.run(command, lambda: None)
+        if session is not None:
+            session.close()
 
 
 def guest_bytes(image: Path) -> bytes:
@@ -238,31 +242,64 @@ def judge(
     run: ForeignRun, model: Model, *, budget_seconds: float | None = None, seed: int = 0, limit: int = 4096, stop_at: int = 20
 ) -> ForeignVerdicts:
     """Judge a recorded run; each violation is put before QEMU itself as well (``confirmed``)."""
-    verdicts = judge_run(run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at)
+    verdicts = judge_run(
+        run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at, reopen=opened_by_qemu
+    )
     for violation in verdicts.violations:
         violation.confirmed = confirm(run, violation)
     return verdicts
 
 
 @contextmanager
-def state_files(run: ForeignRun, violation: ForeignViolation) -> Iterator[Path]:
-    """The files of a crash state in a directory, under their names in the run."""
+def state_files(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A directory with the files of a crash state, under their names in the run."""
     with tempfile.TemporaryDirectory(prefix="cowfence-state-") as name:
-        for file, content in violation.files.items():
+        for file, content in files.items():
             (Path(name) / file).write_bytes(content)
-        yield Path(name) / run.image
+        yield Path(name)
+
+
+def opened_by_qemu(files: Mapping[str, bytes], image: str = IMAGE) -> Mapping[str, bytes]:
+    """The files as QEMU leaves them when it opens the image for writing and closes it again: with its own repairs."""
+    with state_files(files) as directory:
+        qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(directory / image)], check=False)
+        return {name: (directory / name).read_bytes() for name in files}
 
 
 def confirm(run: ForeignRun, violation: ForeignViolation) -> str:
-    """What QEMU says about a crash state: its check, and how it reads the sector concerned."""
-    with state_files(run, violation) as image:
+    """What QEMU says about a crash state: its check, how it reads the sector concerned, and what writing on does."""
+    with state_files(violation.files) as directory:
+        image = directory / run.image
         check = qemu.run(["qemu-img", "check", "-U", "-f", "qcow2", str(image)], check=False)
         lines = [line for line in (check.stdout + check.stderr).splitlines() if line.strip()]
         summary = next((line for line in lines if "leaked" in line or "errors" in line or "No errors" in line), "")
         told = [f"qemu-img check: exit code {check.returncode}" + (f", {summary.strip()}" if summary else "")]
         if violation.sector is not None:
             told.append(_read_by_qemu(image, violation.sector))
+            qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(image)], check=False)
+            if image.read_bytes() != violation.files[run.image]:
+                told.append(f"once opened for writing, {_read_by_qemu(image, violation.sector)}")
+        if violation.clause == "C5":
+            harm = _harm_of_going_on(run, image)
+            violation.breaks_promise |= harm is not None
+            told.append(harm or "writing all of the disk with QEMU then does no harm")
         return "; ".join(told)
+
+
+def _harm_of_going_on(run: ForeignRun, image: Path) -> str | None:
+    """Has QEMU write all of the disk in a state, and says what harm that did, to the disk or to snapshots (contract, C10)."""
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in image.parent.iterdir()}
+
+    before = look(files(), run.image)
+    qemu.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 0xee 0 {before.size_bytes}", "-c", "flush", str(image)], check=False)
+    after = look(files(), run.image)
+    if after.error is not None:
+        return f"after QEMU wrote on it does not open: {after.error}"
+    if dict(after.snapshots or {}) != dict(before.snapshots or {}):
+        return "after QEMU wrote all of the disk a snapshot reads differently"
+    return "after QEMU wrote all of the disk it does not read as written" if after.guest.strip(b"\xee") else None
 
 
 def _read_by_qemu(image: Path, sector: int) -> str:

@@ -87,7 +87,7 @@ def explain(run: ForeignRun, state: CrashedFiles, sector: int) -> str:
     reused = _last_write(run, state.position, place.start, place.end)
     if reused is None:
         return f"its L2 entry at {place.entry_at:#x} leads to {kind} at {place.start:#x}, which the run never wrote"
-    freed = _last_command_on(run, reused, sector)
+    freed = _last_command_on(run, reused, _cluster_of(state.files[run.image], sector * SECTOR_BYTES))
     reuser = _command_at(run, reused)
     told = _mark(run, reused)
     if freed is None or freed == reuser:
@@ -145,14 +145,20 @@ def _command_at(run: ForeignRun, position: int) -> str | None:
     return None
 
 
-def _last_command_on(run: ForeignRun, position: int, sector: int) -> str | None:
-    """The last command before ``position`` that changed the guest's sector: it is who gave up what the sector had."""
-    offset = sector * SECTOR_BYTES
+def _cluster_of(content: bytes, guest_offset: int) -> range:
+    """The guest's bytes that share a cluster with ``guest_offset``."""
+    cluster_bytes = 1 << struct.unpack_from(">I", content, 20)[0]
+    start = guest_offset // cluster_bytes * cluster_bytes
+    return range(start, start + cluster_bytes)
+
+
+def _last_command_on(run: ForeignRun, position: int, cluster: range) -> str | None:
+    """The last command before ``position`` that changed something of a guest cluster: it is who gave up what that had."""
     for entry in reversed(run.entries[:position]):
         if isinstance(entry, Note) and entry.event in ("write.begin", "discard.begin"):
             start = int(str(entry.fields["offset"]))
             data = entry.fields.get("data")
             length_bytes = len(data) if isinstance(data, bytes) else int(str(entry.fields.get("length_bytes", 0)))
-            if start <= offset < start + length_bytes:
+            if start < cluster.stop and cluster.start < start + length_bytes:
                 return str(entry.fields["command"])
     return None

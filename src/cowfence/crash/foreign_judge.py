@@ -13,18 +13,21 @@ program means that to happen. False: our contract asks for more than the program
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cowfence.crash.foreign_explain import explain, value_words
 from cowfence.crash.foreign_run import ForeignRun, replay
-from cowfence.crash.foreign_states import CrashedFiles, Model, Walk
+from cowfence.crash.foreign_states import CrashedFiles, Grain, Model, Walk
 from cowfence.crash.foreign_view import View, look
 from cowfence.crash.model import GuestModel
 from cowfence.storage.oplog import Note
 from cowfence.units import SECTOR_BYTES
 
+
+Reopen = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
 
 _SHOWN = 3
 """Of what did not arrive, so much is named."""
@@ -77,7 +80,12 @@ class _Broken:
 
 
 class _Guest(GuestModel):
-    """The guest's model, asked for words as well."""
+    """The guest's model, which also knows what was discarded, and has words for what it knows."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(size_bytes, bytearray(size_bytes))
+        self.given_up: set[int] = set()
+        """Sectors discarded and not durably written since: whatever they read, nothing of worth is lost."""
 
     def flushed_value(self, sector: int) -> bytes:
         """What the last returned flush made durable in a sector."""
@@ -86,6 +94,14 @@ class _Guest(GuestModel):
     def has_changed(self, sector: int) -> bool:
         """True if something was written to the sector, or discarded, since it was flushed."""
         return len(self._history[sector]) > 1
+
+    def begin_discard(self, offset: int, length_bytes: int) -> int:
+        self.given_up.update(range(offset // SECTOR_BYTES, -(-(offset + length_bytes) // SECTOR_BYTES)))
+        return super().begin_discard(offset, length_bytes)
+
+    def end_flush(self, token: int) -> None:
+        super().end_flush(token)
+        self.given_up = {sector for sector in self.given_up if self.has_changed(sector) or len(self._history[sector][0].values) > 1}
 
 
 class _Expectation:
@@ -104,7 +120,7 @@ class _Expectation:
         self._start(run.guest)
 
     def _start(self, guest: bytes) -> None:
-        self.model = _Guest(len(guest), bytearray(len(guest)))
+        self.model = _Guest(len(guest))
         self.model.start(guest)
 
     def _tool_views(self) -> dict[int, tuple[View, View]]:
@@ -136,6 +152,10 @@ class _Expectation:
             self._flushes[position] = self.model.begin_flush()
         elif note.event == "flush.end":
             self.model.end_flush(self._flushes.pop(token))
+        elif note.event == "reopened":
+            content = fields["data"]
+            assert isinstance(content, bytes)
+            self.model.reopen(content)
         elif note.event == "tool.begin":
             self.view, self.other = self._tools.get(position, (self.view, None))
             self._start(self.view.guest)
@@ -157,15 +177,18 @@ class _Expectation:
         wrong = sorted({*wrong, *(view.unreadable or ())})
         if not wrong:
             return None
-        sector = wrong[0]
+        kept = [sector for sector in wrong if sector not in self.model.given_up or self.other is not None]
+        sector = (kept or wrong)[0]
         why = (view.unreadable or {}).get(sector)
         reads = f"an error ({why})" if why else value_words(_at(view.guest, sector), sector)
         flushed = self._flushed(sector)
         clause = "C3" if self.other is not None or self.model.has_changed(sector) else "C2"
         what = f"guest sector {sector} was flushed as {value_words(flushed, sector)}, now reads {reads}"
+        if not kept:
+            what = what.replace(" was flushed as ", " was discarded and had been ")
         if len(wrong) > 1:
             what += f"; {len(wrong)} sectors are wrong"
-        return _Broken(clause, what, True, sector, flushed)
+        return _Broken(clause, what, bool(kept), sector, flushed)
 
     def _flushed(self, sector: int) -> bytes:
         return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)
@@ -220,52 +243,74 @@ def judge_run(
     limit: int = 4096,
     seed: int = 0,
     stop_at: int = 20,
+    reopen: Reopen | None = None,
 ) -> ForeignVerdicts:
-    """Judge every state of a run under a device model. Stops after ``stop_at`` different violations, or at the budget."""
-    expectation = _Expectation(run)
-    walk = Walk(run, model, limit=limit, seed=seed)
+    """Judge every state of a run under a device model. Stops after ``stop_at`` different violations, or at the budget.
+
+    ``reopen``: lets the program itself open the files of a state for writing, and repair them as it does then; asked where we
+    cannot open a state, so that nobody is accused of what only we cannot read.
+    """
     verdicts = ForeignVerdicts()
     found: dict[tuple[str, str], ForeignViolation] = {}
-    for state, broken in _judged(walk, run, expectation, verdicts, budget_seconds):
-        why = explain(run, state, broken.sector) if broken.sector is not None else ""
-        key = broken.clause, _without_digits(why or broken.what)
-        known = found.get(key)
-        if known is None and len(found) >= stop_at:
-            verdicts.exhaustive = False
-            break
-        if known is None or len(state.missing) < len(known.missing):
-            found[key] = _violation(run, model, state, broken, why)
-        found[key].states = 1 + (known.states if known else 0)
-    verdicts.violations = list(found.values())
+    look_once = _Looker(run, reopen, verdicts)
+    deadline = math.inf if budget_seconds is None else time.monotonic() + budget_seconds
+    grains: tuple[Grain, ...] = ("operations", "sectors") if model == "power" else ("sectors",)
+    for grain in grains:
+        walk = Walk(run, model, grain=grain, limit=limit, seed=seed)
+        for state, broken in _judged(walk, _Expectation(run), look_once, deadline):
+            why = explain(run, state, broken.sector) if broken.sector is not None else ""
+            key = broken.clause, _without_digits(why or broken.what)
+            known = found.get(key)
+            if known is None and len(found) >= stop_at:
+                verdicts.exhaustive = False
+                break
+            if known is None or len(state.missing) < len(known.missing):
+                found[key] = _violation(run, model, state, broken, why)
+            found[key].states = 1 + (known.states if known else 0)
     verdicts.exhaustive &= not walk.sampled
+    verdicts.violations = list(found.values())
     return verdicts
 
 
+class _Looker:
+    """Looks at each distinct state once. One that we cannot open is given to ``reopen`` first, and judged as that leaves it."""
+
+    def __init__(self, run: ForeignRun, reopen: Reopen | None, verdicts: ForeignVerdicts) -> None:
+        self._run = run
+        self._reopen = reopen
+        self._views: dict[bytes, View] = {}
+        self.verdicts = verdicts
+
+    def __call__(self, files: Mapping[str, bytes], digest: bytes) -> View:
+        view = self._views.get(digest)
+        if view is None:
+            self.verdicts.distinct += 1
+            view = look(files, self._run.image)
+            if view.error is not None and self._reopen is not None:
+                view = look(self._reopen(files), self._run.image)
+            self._views[digest] = view
+        return view
+
+
 def _judged(
-    walk: Walk, run: ForeignRun, expectation: _Expectation, verdicts: ForeignVerdicts, budget_seconds: float | None
+    walk: Walk, expectation: _Expectation, look_once: _Looker, deadline: float
 ) -> Iterator[tuple[CrashedFiles, _Broken]]:
-    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
-    views: dict[bytes, View] = {}
     judged: set[tuple[bytes, int]] = set()
+    verdicts = look_once.verdicts
     for item in walk:
         if not isinstance(item, CrashedFiles):
             expectation.note(item.position, item.note)
             continue
-        if deadline is not None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             verdicts.exhaustive = False
             return
         verdicts.states += 1
         digest = _digest(item.files)
-        if (digest, expectation.changes) in judged:
-            continue
-        judged.add((digest, expectation.changes))
-        view = views.get(digest)
-        if view is None:
-            verdicts.distinct += 1
-            view = views[digest] = look(item.files, run.image)
-        broken = expectation.broken(view)
-        if broken is not None:
-            yield item, broken
+        if (digest, expectation.changes) not in judged:
+            judged.add((digest, expectation.changes))
+            broken = expectation.broken(look_once(item.files, digest))
+            if broken is not None:
+                yield item, broken
 
 
 def _digest(files: Mapping[str, bytes]) -> bytes:

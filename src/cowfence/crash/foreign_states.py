@@ -1,9 +1,10 @@
 """The crash states of a foreign run: several files, one order.
 
 The kill and the power model of one file are ``crash.device``'s; a state of a run is a state of one file, with the others as they
-are at that instant. For a power cut whole operations are dropped across all files as well: each subset of what no fence covers
-yet, in its order. That is a part of the power model (a sector is then at one of its versions) which stays small where sectors are
-many, and in which the bugs are: one file's fence too few, an entry before its data.
+are at that instant. A power cut is walked at two grains. *Operations*: each subset of the operations that no fence covers yet,
+across all files, in its order. That is a part of the power model (each sector is then at one of its versions) which stays small
+where sectors are many, and most bugs are in it: a fence too few, an entry before its data. *Sectors*: all of the model, one file
+at a time.
 
 This module is the only one of the foreign judge that asks the device models.
 """
@@ -16,11 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cowfence.crash.device import KillModel, PowerModel
+from cowfence.crash.device import CrashState, KillModel, PowerModel
 from cowfence.crash.foreign_run import ForeignRun, apply
 from cowfence.storage.oplog import Done, Fence, Note, Operation
 
 Model = Literal["kill", "power"]
+Grain = Literal["operations", "sectors"]
+"""Of a power cut: which whole operations are missing, or which versions of which sectors."""
 
 _SUBSETS_OF = 10
 """So many un-fenced operations have all their subsets tried."""
@@ -52,9 +55,12 @@ class _Pending:
 class Walk:
     """Goes along the log of a run. ``limit`` bounds the states of one instant; ``sampled`` says that it cut some off."""
 
-    def __init__(self, run: ForeignRun, model: Model, *, limit: int = 4096, seed: int = 0) -> None:
+    def __init__(
+        self, run: ForeignRun, model: Model, *, grain: Grain = "sectors", limit: int = 4096, seed: int = 0
+    ) -> None:
         self._run = run
         self._power = model == "power"
+        self._whole = self._power and grain == "operations"
         self._limit = limit
         self._random = random.Random(seed)
         self._current = {name: bytes(content) for name, content in run.initial.items()}
@@ -81,17 +87,21 @@ class Walk:
 
     def _issue(self, position: int, operation: Operation) -> Iterator[CrashedFiles]:
         name = operation.file
-        device = self._devices[name]
-        before = device.sampled
-        for state in itertools.islice(device.issue(position, operation), self._limit):
-            yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
-        if isinstance(operation, Fence) or not self._power:
+        if self._whole:
+            if not isinstance(operation, Fence):
+                new = _Pending(position, operation)
+                yield from self._subsets(position, new)
+                self._pending.append(new)
             return
-        new = _Pending(position, operation)
-        if device.sampled > before or len(self._devices) > 1:
-            self.sampled |= device.sampled > before
-            yield from self._subsets(position, new)
-        self._pending.append(new)
+        device = self._devices[name]
+        for state in self._bounded(device.issue(position, operation)):
+            yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
+        self.sampled |= device.sampled > 0
+
+    def _bounded(self, states: Iterator[CrashState]) -> Iterator[CrashState]:
+        yield from itertools.islice(states, self._limit)
+        if next(states, None) is not None:
+            self.sampled = True
 
     def _done(self, position: int, issued: int) -> Iterator[CrashedFiles]:
         operation = self._run.entries[issued]
@@ -104,6 +114,8 @@ class Walk:
             content = bytearray(self._current[name])
             apply(content, operation)
             self._current[name] = bytes(content)
+        if self._whole:
+            return
         for state in self._devices[name].done(operation, issued):
             yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
 
@@ -122,10 +134,12 @@ class Walk:
         if not self._power:
             yield CrashedFiles(position, dict(self._current), ())
             return
+        if self._whole:
+            yield from self._subsets(position, None)
+            return
         for name, device in self._devices.items():
-            for state in itertools.islice(device.settle(), self._limit):
+            for state in self._bounded(device.settle()):
                 yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
-        yield from self._subsets(position, None)
 
     def _subsets(self, position: int, new: _Pending | None) -> Iterator[CrashedFiles]:
         """The states in which whole operations are missing; with ``new``, those that have it."""

@@ -106,9 +106,11 @@ class FuseRecorder:
     def _serve(self) -> None:
         try:
             operations = _operations(self._fuse, self._files, self.log)
-            self._fuse.FUSE(
-                operations, self.mountpoint, raw_fi=True, foreground=True, fsname="cowfence", subtype="record", direct_io=True
-            )
+            options: dict[str, object] = {"fsname": "cowfence", "subtype": "record", "direct_io": True}
+            if (self._fuse.fuse_version_major, self._fuse.fuse_version_minor) >= (3, 12):
+                # Its own default is out of range in some releases, which then complain on stderr.
+                options |= {"max_threads": 8, "max_idle_threads": 8}
+            self._fuse.FUSE(operations, self.mountpoint, raw_fi=True, foreground=True, **options)
         except BaseException as error:
             self._failure = str(error) or type(error).__name__
 
@@ -190,7 +192,7 @@ class _Recorder:
 
     def write(self, path: str, data: bytes, offset: int, fi: Any) -> int:
         done = 0
-        with self._entered(Write(path[1:], offset, bytes(data), "write")):
+        with self._entered(Write(path[1:], offset, bytes(data), f"write of {len(data)} bytes at {offset:#x}")):
             while done < len(data):
                 done += os.pwrite(fi.fh, data[done:], offset + done)
         if fi.fh in self._synchronous:
@@ -209,7 +211,7 @@ class _Recorder:
         return 0
 
     def _truncate(self, path: str, fd: int, length: int) -> None:
-        with self._entered(Truncate(path[1:], length, "truncate")):
+        with self._entered(Truncate(path[1:], length, f"truncate to {length} bytes")):
             os.ftruncate(fd, length)
 
     def fsync(self, path: str, datasync: int, fi: Any) -> int:
@@ -230,9 +232,9 @@ class _Recorder:
             end = min(end, size)
         if end <= offset:
             return 0
-        operation: Operation = Zero(path[1:], offset, end - offset, "zero range")
+        operation: Operation = Zero(path[1:], offset, end - offset, f"zero range at {offset:#x}")
         if mode & _PUNCH_HOLE:
-            operation = Discard(path[1:], offset, end - offset, "punch hole")
+            operation = Discard(path[1:], offset, end - offset, f"punched hole at {offset:#x}")
         with self._entered(operation):
             _make_zero(fi.fh, mode, offset, end)
         return 0

@@ -1,11 +1,13 @@
-"""Scripts for other programs: qemu-io's commands, one a line, and whole command lines of qemu-img between them.
+"""Scripts for other programs: qemu-io's commands, one a line, and whole command lines of qemu-img between them (of qemu-io
+too, where files are prepared).
 
     write [-c] [-f] [-P BYTE] OFFSET LENGTH     write -z [-u] OFFSET LENGTH     discard OFFSET LENGTH     flush
     aio_write [-z [-u]] [-P BYTE] OFFSET LENGTH     aio_flush     qemu-img ARGUMENTS
+    kill        (the program is killed and the image opened again)
 
 A write without ``-P`` gets sectors that name their own place and serial number, so that foreign data shows. ``aio_write`` takes
 no bytes from a file in QEMU; it gets a byte of its own for each write. In command lines ``IMG`` stands for the image that is
-judged, and any other word of capitals for a further file of the run, such as ``BASE``.
+judged, and any other word of three capitals or more for a further file of the run, such as ``BASE``.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from cowfence.crash.explore import tagged
 from cowfence.errors import Invalid
 from cowfence.units import SECTOR_BYTES, parse_size
 
-Verb = Literal["write", "zero", "discard", "flush", "aio_write", "aio_zero", "aio_flush", "tool"]
+Verb = Literal["write", "zero", "discard", "flush", "aio_write", "aio_zero", "aio_flush", "tool", "kill"]
 
-_OPTIONS: Final = {"write": "cfzuqP:", "aio_write": "fzuqP:", "discard": "q", "flush": "", "aio_flush": ""}
+_OPTIONS: Final = {"write": "cfzuqP:", "aio_write": "fzuqP:", "discard": "q", "flush": "", "aio_flush": "", "kill": ""}
 _LONGEST: Final = 256 * 1024 * 1024
-_FILE_WORD: Final = re.compile(r"\b[A-Z][A-Z0-9]*\b")
+_FILE_WORD: Final = re.compile(r"\b[A-Z][A-Z0-9]{2,}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +86,16 @@ def parse(lines: Iterable[str]) -> tuple[Command, ...]:
 def _command(text: str) -> Command:
     words = shlex.split(text)
     name, rest = words[0], words[1:]
-    if name == "qemu-img":
+    if name in ("qemu-img", "qemu-io"):
         return Command("tool", text, words=tuple(words))
     if name not in _OPTIONS:
         raise ValueError(f"there is no command {name!a} here; there are {', '.join(_OPTIONS)} and qemu-img")
     options, operands = getopt.getopt(rest, _OPTIONS[name])
     given = {option.lstrip("-"): value for option, value in options if option != "-q"}
-    if name in ("flush", "aio_flush"):
+    if name in ("flush", "aio_flush", "kill"):
         if operands:
             raise ValueError("it takes no operands")
-        return Command("flush" if name == "flush" else "aio_flush", text)
+        return Command("flush" if name == "flush" else "kill" if name == "kill" else "aio_flush", text)
     if len(operands) != 2:
         raise ValueError("it takes an offset and a length")
     offset, length_bytes = (parse_size(operand) for operand in operands)
@@ -123,5 +125,9 @@ def file_words(commands: Iterable[Command]) -> list[str]:
 
 
 def with_paths(words: Iterable[str], paths: dict[str, str]) -> list[str]:
-    """A command line with the paths in place of the names of files."""
-    return [_FILE_WORD.sub(lambda match: paths.get(match[0], match[0]), word) for word in words]
+    """A command line with the paths in place of the names of files; the name of a backing file stays relative."""
+    found: list[str] = []
+    for word in words:
+        is_backing = bool(found) and found[-1] in ("-b", "-B") and found[1] in ("create", "rebase")
+        found.append(word if is_backing else _FILE_WORD.sub(lambda match: paths.get(match[0], match[0]), word))
+    return found
