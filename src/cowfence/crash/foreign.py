@@ -20,6 +20,7 @@ from typing import Literal
 from cowfence.crash import logwrites, qemu
 from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
 from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
+from cowfence.crash.foreign_sessions import QEMU_NBD, NbdSession, QemuIoSession, Serials, Session
 from cowfence.crash.foreign_states import Model
 from cowfence.crash.foreign_view import look
 from cowfence.crash.script import Command, file_words, parse, with_paths
@@ -34,8 +35,8 @@ Recorder = Literal["blklogwrites", "fuse"]
 class Workload:
     """A script with the image that it starts from. ``prepare``: lines that make the files, not recorded.
 
-    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, or the command line
-    of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
+    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``, or the
+    command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
     """
 
     name: str
@@ -45,73 +46,6 @@ class Workload:
     recorder: Recorder = "blklogwrites"
     options: tuple[str, ...] = ()
     program: str = "qemu-io"
-
-
-class _Serials:
-    """Serial numbers of the writes of a whole run, preparation included, so that no two writes carry the same tag."""
-
-    def __init__(self) -> None:
-        self.last = 0
-
-    def next(self) -> int:
-        self.last += 1
-        return self.last
-
-
-class _Session:
-    """Carries guest commands out through qemu-io. ``notes`` None: nothing is noted (preparation)."""
-
-    def __init__(self, arguments: Sequence[str], directory: Path, serials: _Serials, notes: GuestNotes | None) -> None:
-        self._pattern = directory / "pattern"
-        self._serials = serials
-        self._notes = notes
-        self._io = qemu.QemuIo(arguments)
-
-    def run(self, command: Command, after: Callable[[], None]) -> str:
-        """One command; ``after`` is called between its answer and the note of its end. Returns the answer."""
-        data = b""
-        serial = self._serials.next()
-        if command.verb in ("write", "zero", "aio_write", "aio_zero"):
-            data = command.data(serial)
-        if command.verb == "write":
-            self._pattern.write_bytes(data)
-        token = self._begin(command, data)
-        answer = self._io.command(command.qemu_io(serial, str(self._pattern)))
-        after()
-        self._end(command, token, answer)
-        return answer
-
-    def _begin(self, command: Command, data: bytes) -> int:
-        notes = self._notes
-        if notes is None:
-            return 0
-        if command.verb == "flush":
-            return notes.begin_flush(command.text)
-        if command.verb == "discard":
-            return notes.begin_discard(command.text, command.offset, command.length_bytes)
-        return notes.begin_write(command.text, command.offset, data) if data else 0
-
-    def _end(self, command: Command, token: int, answer: str) -> None:
-        succeeded = answer.startswith(("wrote", "discard ")) if command.verb in ("write", "zero", "discard") else not answer
-        notes = self._notes
-        if notes is None:
-            if command.verb in ("write", "zero", "discard") and not succeeded:
-                raise qemu.ProgramFailed(f"{command.text}: {answer.strip()}")
-            return
-        if command.verb == "flush" and succeeded:
-            notes.end_flush(token)
-        elif command.verb in ("aio_write", "aio_zero"):
-            notes.postpone(token)
-        elif command.verb == "aio_flush" and "failed" not in answer:
-            notes.end_postponed()
-        elif command.verb in ("write", "zero", "discard") and succeeded:
-            notes.end(token)
-
-    def close(self) -> None:
-        self._io.close()
-
-    def kill(self) -> None:
-        self._io.kill()
 
 
 def record(workload: Workload) -> ForeignRun:
@@ -126,7 +60,7 @@ class _Recording:
         self._directory = directory
         self._prepare = parse(workload.prepare)
         self._commands = parse(workload.commands)
-        self._serials = _Serials()
+        self._serials = Serials()
         words = {IMAGE: None, **dict.fromkeys(file_words((*self._prepare, *self._commands)))}
         self._files = directory / "files"
         self._files.mkdir()
@@ -141,18 +75,19 @@ class _Recording:
             raise Invalid("the preparation makes no IMG")
         initial = {name: (self._files / name).read_bytes() for name in names}
         guest = guest_bytes(self._files / IMAGE)
-        if self._workload.recorder == "fuse":
+        if self._workload.recorder == "fuse" or self._workload.program != "qemu-io":
             self._run_in_mount(names)
         else:
             self._run_with_driver()
-        run = ForeignRun(initial, guest, self.log.entries(), f"QEMU {qemu.version()}", self._workload.commands)
+        program = f"{self._workload.program.split()[0]} {qemu.version()}"
+        run = ForeignRun(initial, guest, self.log.entries(), program, self._workload.commands)
         for name, content in replay(run).items():
             if content != (self._files / name).read_bytes():
                 raise CowfenceError(f"the recorded log does not give what {name} holds now: something was not recorded")
         return run
 
     def _make(self) -> None:
-        session: _Session | None = None
+        session: QemuIoSession | None = None
         paths = {name: str(self._files / name) for name in self._names}
         for command in self._prepare:
             if command.verb in ("tool", "kill"):
@@ -163,7 +98,7 @@ class _Recording:
                 qemu.run(with_paths(command.words, paths))
             elif command.verb != "kill":
                 if session is None:
-                    session = _Session(self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None)
+                    session = QemuIoSession(self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None)
                 session.run(command, lambda: None)
         if session is not None:
             session.close()
@@ -188,7 +123,7 @@ class _Recording:
             taken = len(entries)
 
         driver = "file.driver=blklogwrites,file.file.discard=unmap,file.file.driver=file,file.file.filename="
-        session = _Session(
+        session = QemuIoSession(
             self._arguments(f"{driver}{self._files / IMAGE},file.log.driver=file,file.log.filename={log_file}"),
             self._directory,
             self._serials,
@@ -210,7 +145,7 @@ class _Recording:
 
     def _run_commands(self, mount: Path) -> None:
         paths = {name: str(mount / name) for name in self._names}
-        session: _Session | None = None
+        session: Session | None = None
         for command in self._commands:
             if command.verb in ("tool", "kill") and session is not None:
                 session.kill() if command.verb == "kill" else session.close()
@@ -223,11 +158,18 @@ class _Recording:
                 self.log.note("reopened", command="kill", data=guest_bytes(self._files / IMAGE))
             else:
                 if session is None:
-                    arguments = self._arguments(f"file.filename={paths[IMAGE]}")
-                    session = _Session(arguments, self._directory, self._serials, self._notes)
+                    session = self._session(paths[IMAGE])
                 session.run(command, lambda: None)
         if session is not None:
             session.close()
+
+    def _session(self, image: str) -> Session:
+        program = self._workload.program
+        if program == "qemu-io":
+            return QemuIoSession(self._arguments(f"file.filename={image}"), self._directory, self._serials, self._notes)
+        if program == "qemu-nbd":
+            program = QEMU_NBD
+        return NbdSession.start(program, image, self._directory, self._serials, self._notes)
 
 
 def guest_bytes(image: Path) -> bytes:

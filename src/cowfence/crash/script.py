@@ -43,9 +43,11 @@ class Command:
     words: tuple[str, ...] = ()
 
     def data(self, serial: int) -> bytes:
-        """What the command writes as the ``serial``-th of its script."""
+        """What the command writes as the ``serial``-th of its script; nothing where it writes nothing."""
         if self.verb in ("zero", "aio_zero"):
             return bytes(self.length_bytes)
+        if self.verb not in ("write", "aio_write"):
+            return b""
         if self.pattern is not None:
             return bytes([self.pattern]) * self.length_bytes
         if self.verb == "aio_write":
