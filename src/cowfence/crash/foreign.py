@@ -9,7 +9,6 @@ A recording is worth nothing if it lacks a write: after the run the replayed log
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,8 +272,3 @@ def shrink(workload: Workload, violation: ForeignViolation, judge_again: Callabl
         else:
             at += 1
     return replace(workload, commands=tuple(commands))
-
-
-def has_fuse() -> bool:
-    """True where a FUSE file system could be mounted, as far as one can see without trying."""
-    return os.path.exists("/dev/fuse")

@@ -29,6 +29,7 @@ from cowfence.units import SECTOR_BYTES
 
 Reopen = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
 
+_KNOWN_BY = ("write.begin", "discard.begin", "tool.begin")
 _SHOWN = 3
 """Of what did not arrive, so much is named."""
 
@@ -109,6 +110,8 @@ class _Expectation:
 
     def __init__(self, run: ForeignRun) -> None:
         self._run = run
+        self._blind = not any(isinstance(entry, Note) and entry.event in _KNOWN_BY for entry in run.entries)
+        """Nobody noted what the guest did: only structure can be judged, and if everything can be read."""
         self._tools = self._tool_views()
         self.view = look(run.initial, run.image)
         """The view that is durable and complete, as far as whole-image tools go."""
@@ -167,7 +170,15 @@ class _Expectation:
         """The first clause that ``view`` breaks, the worst first; None where it keeps them all."""
         if view.error is not None:
             return _Broken("C1", view.error, breaks_promise=True)
+        if self._blind:
+            return self._unreadable(view) or self._structure(view)
         return self._sectors(view) or self._snapshots(view) or self._whole(view) or self._structure(view)
+
+    def _unreadable(self, view: View) -> _Broken | None:
+        new = sorted((view.unreadable or {}).keys() - (self.view.unreadable or {}).keys())
+        if not new:
+            return None
+        return _Broken("C3", f"guest sector {new[0]} cannot be read ({(view.unreadable or {})[new[0]]})", True, new[0])
 
     def _sectors(self, view: View) -> _Broken | None:
         if self.other is None:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -62,13 +64,14 @@ class FuseRecorder:
     """A mount at the directory ``mountpoint`` that shows ``files`` (name to path) and logs what is done to them.
 
     A context manager: the mount stands while it is entered. Raises NoFuse, Invalid. The process that records must not wait for
-    the mount itself with the interpreter's lock held, so start programs with another working directory.
+    the mount itself with the interpreter's lock held, so start programs
+    with a working directory outside of it.
     """
 
     def __init__(
         self, mountpoint: str | os.PathLike[str], files: Mapping[str, str | os.PathLike[str]], log: OpLog | None = None
     ) -> None:
-        self.mountpoint = os.fspath(mountpoint)
+        self.mountpoint = os.path.abspath(os.fspath(mountpoint))
         self.log = OpLog() if log is None else log
         self._fuse = _binding()
         self._files = {name: os.path.abspath(path) for name, path in files.items()}
@@ -82,26 +85,34 @@ class FuseRecorder:
 
     def __enter__(self) -> FuseRecorder:
         before = os.stat(self.mountpoint).st_dev
-        self._thread.start()
-        deadline = time.monotonic() + _MOUNT_SECONDS
-        while os.stat(self.mountpoint).st_dev == before:
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise NoFuse(
-                    f"{self.mountpoint}: cannot mount here ({self._failure or 'no answer'}); it takes root, or fusermount3 "
-                    "(Debian: apt-get install fuse3)"
-                )
-            time.sleep(0.002)
+        # libfuse goes to the root directory before it serves, as a daemon would; the process goes on here.
+        here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+        try:
+            self._thread.start()
+            deadline = time.monotonic() + _MOUNT_SECONDS
+            while os.stat(self.mountpoint).st_dev == before:
+                if not self._thread.is_alive() or time.monotonic() > deadline:
+                    self._unmount()
+                    raise NoFuse(
+                        f"{self.mountpoint}: cannot mount here ({self._failure or 'no answer'}); it takes root, or fusermount3 "
+                        "(Debian: apt-get install fuse3)"
+                    )
+                time.sleep(0.002)
+        finally:
+            os.fchdir(here)
+            os.close(here)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.umount2(os.fsencode(os.path.abspath(self.mountpoint)), _MNT_DETACH) != 0:
-            import subprocess
-
-            subprocess.run(["fusermount3", "-u", "-z", self.mountpoint], check=False, capture_output=True)
+        self._unmount()
         self._thread.join(_MOUNT_SECONDS)
+
+    def _unmount(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(self.mountpoint), _MNT_DETACH) != 0 and (helper := shutil.which("fusermount3")):
+            subprocess.run([helper, "-u", "-z", self.mountpoint], check=False, capture_output=True)
 
     def _serve(self) -> None:
         try:
