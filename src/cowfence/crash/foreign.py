@@ -9,6 +9,7 @@ A recording is worth nothing if it lacks a write: after the run the replayed log
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from cowfence.crash import logwrites, qemu
+from cowfence.crash.foreign_explain import value_words
 from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
 from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
 from cowfence.crash.foreign_sessions import QEMU_NBD, NbdSession, QemuIoSession, Serials, Session
@@ -182,12 +184,17 @@ def guest_bytes(image: Path) -> bytes:
 def judge(
     run: ForeignRun, model: Model, *, budget_seconds: float | None = None, seed: int = 0, limit: int = 4096, stop_at: int = 20
 ) -> ForeignVerdicts:
-    """Judge a recorded run; each violation is put before QEMU itself as well (``confirmed``)."""
+    """Judge a recorded run, and put each violation before QEMU as well: ``confirmed`` says what it found there.
+
+    A state whose sector QEMU reads otherwise than we do accuses nobody; it goes to ``disputed``.
+    """
     verdicts = judge_run(
         run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at, reopen=opened_by_qemu
     )
+    sure = []
     for violation in verdicts.violations:
-        violation.confirmed = confirm(run, violation)
+        (sure if confirm(run, violation) else verdicts.disputed).append(violation)
+    verdicts.violations = sure
     return verdicts
 
 
@@ -207,24 +214,38 @@ def opened_by_qemu(files: Mapping[str, bytes], image: str = IMAGE) -> Mapping[st
         return {name: (directory / name).read_bytes() for name in files}
 
 
-def confirm(run: ForeignRun, violation: ForeignViolation) -> str:
-    """What QEMU says about a crash state: its check, how it reads the sector concerned, and what writing on does."""
+def confirm(run: ForeignRun, violation: ForeignViolation) -> bool:
+    """Ask QEMU about a crash state: its check, how it reads the sector concerned, and what harm writing on does.
+
+    Sets ``confirmed``, and ``breaks_promise`` where going on destroys what was whole. False where QEMU reads the sector
+    otherwise than we do, before and after it opened the image for writing (which repairs a dirty image).
+    """
     with state_files(violation.files) as directory:
         image = directory / run.image
         check = qemu.run(["qemu-img", "check", "-U", "-f", "qcow2", str(image)], check=False)
         lines = [line for line in (check.stdout + check.stderr).splitlines() if line.strip()]
         summary = next((line for line in lines if "leaked" in line or "errors" in line or "No errors" in line), "")
-        told = [f"qemu-img check: exit code {check.returncode}" + (f", {summary.strip()}" if summary else "")]
+        told = [f"qemu-img check: exit code {check.returncode}" + (f", {summary.strip().rstrip('.')}" if summary else "")]
+        agrees = True
         if violation.sector is not None:
-            told.append(_read_by_qemu(image, violation.sector))
+            value = _read_by_qemu(image, violation.sector)
+            told.append(f"qemu-io reads guest sector {violation.sector} as {_words(value, violation.sector)}")
+            agrees = value == violation.value
             qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(image)], check=False)
             if image.read_bytes() != violation.files[run.image]:
-                told.append(f"once opened for writing, {_read_by_qemu(image, violation.sector)}")
+                value = _read_by_qemu(image, violation.sector)
+                told.append(f"once opened for writing, as {_words(value, violation.sector)}")
+                agrees |= value == violation.value
         if violation.clause == "C5":
             harm = _harm_of_going_on(run, image)
             violation.breaks_promise |= harm is not None
             told.append(harm or "writing all of the disk with QEMU then does no harm")
-        return "; ".join(told)
+        violation.confirmed = "; ".join(told)
+        return agrees
+
+
+def _words(value: bytes | None, sector: int) -> str:
+    return "an error" if value is None else value_words(value, sector)
 
 
 def _harm_of_going_on(run: ForeignRun, image: Path) -> str | None:
@@ -243,16 +264,12 @@ def _harm_of_going_on(run: ForeignRun, image: Path) -> str | None:
     return "after QEMU wrote all of the disk it does not read as written" if after.guest.strip(b"\xee") else None
 
 
-def _read_by_qemu(image: Path, sector: int) -> str:
+def _read_by_qemu(image: Path, sector: int) -> bytes | None:
+    """A guest sector as qemu-io reads it; None for an error."""
     words = ["qemu-io", "-U", "-r", "-f", "qcow2", "-c", f"read -v {sector * SECTOR_BYTES} {SECTOR_BYTES}", str(image)]
-    done = qemu.run(words, check=False)
-    lines = (done.stdout + done.stderr).splitlines()
-    failed = next((line for line in lines if "failed" in line or "rror" in line), None)
-    if failed:
-        return f"qemu-io read of sector {sector}: {failed.strip()}"
-    first = lines[0].split("  ")[0:2] if lines else []
-    text = lines[0].rsplit("  ", 1)[-1] if lines else ""
-    return f"qemu-io reads sector {sector} as {' '.join(first).strip()} {text!r}"
+    dump = "".join(re.findall(r"^[0-9a-f]{8}:((?:  ?[0-9a-f]{2})+)", qemu.run(words, check=False).stdout, re.MULTILINE))
+    value = bytes.fromhex(dump)
+    return value if len(value) == SECTOR_BYTES else None
 
 
 def shrink(workload: Workload, violation: ForeignViolation, judge_again: Callable[[ForeignRun], ForeignVerdicts]) -> Workload:

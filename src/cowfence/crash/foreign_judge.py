@@ -38,7 +38,8 @@ _SHOWN = 3
 class ForeignViolation:
     """One way in which states break a clause, with the first such state. ``states``: how many broke it so.
 
-    ``sector``: the first guest sector concerned, where one is. ``edge``: the sentence that names the missing order.
+    ``sector``: the first guest sector concerned, where one is, and ``value`` its bytes as we read them (None: an error).
+    ``edge``: the sentence that names the missing order.
     ``confirmed``: what QEMU says about the state, where it was asked.
     """
 
@@ -51,6 +52,7 @@ class ForeignViolation:
     breaks_promise: bool
     edge: str
     sector: int | None
+    value: bytes | None
     files: Mapping[str, bytes] = field(repr=False)
     states: int = 1
     confirmed: str = ""
@@ -63,12 +65,16 @@ class ForeignViolation:
 
 @dataclass(slots=True)
 class ForeignVerdicts:
-    """``states``: judged; ``distinct``: contents among them; ``exhaustive``: no state of the model was left out."""
+    """``states``: judged; ``distinct``: contents among them; ``exhaustive``: no state of the model was left out.
+
+    ``disputed``: what would be violations, but the program's own tools read those states otherwise than we do.
+    """
 
     states: int = 0
     distinct: int = 0
     exhaustive: bool = True
     violations: list[ForeignViolation] = field(default_factory=list)
+    disputed: list[ForeignViolation] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class _Broken:
     what: str
     breaks_promise: bool
     sector: int | None = None
-    flushed: bytes | None = None
+    value: bytes | None = None
 
 
 class _Guest(GuestModel):
@@ -199,7 +205,7 @@ class _Expectation:
             what = what.replace(" was flushed as ", " was discarded and had been ")
         if len(wrong) > 1:
             what += f"; {len(wrong)} sectors are wrong"
-        return _Broken(clause, what, bool(kept), sector, flushed)
+        return _Broken(clause, what, bool(kept), sector, None if why else _at(view.guest, sector))
 
     def _flushed(self, sector: int) -> bytes:
         return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)
@@ -342,6 +348,7 @@ def _violation(run: ForeignRun, model: Model, state: CrashedFiles, broken: _Brok
         breaks_promise=broken.breaks_promise,
         edge=f"{broken.what}; {why}" if why else broken.what,
         sector=broken.sector,
+        value=broken.value,
         files=state.files,
     )
 
