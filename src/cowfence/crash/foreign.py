@@ -186,7 +186,7 @@ def judge(
 ) -> ForeignVerdicts:
     """Judge a recorded run, and put each violation before QEMU as well: ``confirmed`` says what it found there.
 
-    A state whose sector QEMU reads otherwise than we do accuses nobody; it goes to ``disputed``.
+    A state in which QEMU reads what the sector may hold accuses nobody, whatever we read; it goes to ``disputed``.
     """
     verdicts = judge_run(
         run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at, reopen=opened_by_qemu
@@ -217,8 +217,8 @@ def opened_by_qemu(files: Mapping[str, bytes], image: str = IMAGE) -> Mapping[st
 def confirm(run: ForeignRun, violation: ForeignViolation) -> bool:
     """Ask QEMU about a crash state: its check, how it reads the sector concerned, and what harm writing on does.
 
-    Sets ``confirmed``, and ``breaks_promise`` where going on destroys what was whole. False where QEMU reads the sector
-    otherwise than we do, before and after it opened the image for writing (which repairs a dirty image).
+    Sets ``confirmed``, and ``breaks_promise`` where going on destroys what was whole. False where QEMU reads what
+    the sector may hold, both before and after it opened the image for writing (which repairs a dirty image).
     """
     with state_files(violation.files) as directory:
         image = directory / run.image
@@ -230,12 +230,12 @@ def confirm(run: ForeignRun, violation: ForeignViolation) -> bool:
         if violation.sector is not None:
             value = _read_by_qemu(image, violation.sector)
             told.append(f"qemu-io reads guest sector {violation.sector} as {_words(value, violation.sector)}")
-            agrees = value == violation.value
+            agrees = value not in violation.allowed
             qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(image)], check=False)
             if image.read_bytes() != violation.files[run.image]:
                 value = _read_by_qemu(image, violation.sector)
                 told.append(f"once opened for writing, as {_words(value, violation.sector)}")
-                agrees |= value == violation.value
+                agrees |= value not in violation.allowed
         if violation.clause == "C5":
             harm = _harm_of_going_on(run, image)
             violation.breaks_promise |= harm is not None
@@ -267,7 +267,7 @@ def _harm_of_going_on(run: ForeignRun, image: Path) -> str | None:
 def _read_by_qemu(image: Path, sector: int) -> bytes | None:
     """A guest sector as qemu-io reads it; None for an error."""
     words = ["qemu-io", "-U", "-r", "-f", "qcow2", "-c", f"read -v {sector * SECTOR_BYTES} {SECTOR_BYTES}", str(image)]
-    dump = "".join(re.findall(r"^[0-9a-f]{8}:((?:  ?[0-9a-f]{2})+)", qemu.run(words, check=False).stdout, re.MULTILINE))
+    dump = "".join(re.findall(r"^[0-9a-f]{8,}: ((?: [0-9a-f]{2}){16})  ", qemu.run(words, check=False).stdout, re.MULTILINE))
     value = bytes.fromhex(dump)
     return value if len(value) == SECTOR_BYTES else None
 

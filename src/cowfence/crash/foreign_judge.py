@@ -38,8 +38,8 @@ _SHOWN = 3
 class ForeignViolation:
     """One way in which states break a clause, with the first such state. ``states``: how many broke it so.
 
-    ``sector``: the first guest sector concerned, where one is, and ``value`` its bytes as we read them (None: an error).
-    ``edge``: the sentence that names the missing order.
+    ``sector``: the first guest sector concerned, where one is, and ``allowed`` what it might hold. ``edge``: the sentence that
+    names the missing order.
     ``confirmed``: what QEMU says about the state, where it was asked.
     """
 
@@ -52,7 +52,7 @@ class ForeignViolation:
     breaks_promise: bool
     edge: str
     sector: int | None
-    value: bytes | None
+    allowed: frozenset[bytes]
     files: Mapping[str, bytes] = field(repr=False)
     states: int = 1
     confirmed: str = ""
@@ -67,7 +67,7 @@ class ForeignViolation:
 class ForeignVerdicts:
     """``states``: judged; ``distinct``: contents among them; ``exhaustive``: no state of the model was left out.
 
-    ``disputed``: what would be violations, but the program's own tools read those states otherwise than we do.
+    ``disputed``: what would be violations, but the program's own tools read what is allowed there.
     """
 
     states: int = 0
@@ -83,7 +83,7 @@ class _Broken:
     what: str
     breaks_promise: bool
     sector: int | None = None
-    value: bytes | None = None
+    allowed: frozenset[bytes] = frozenset()
 
 
 class _Guest(GuestModel):
@@ -97,6 +97,10 @@ class _Guest(GuestModel):
     def flushed_value(self, sector: int) -> bytes:
         """What the last returned flush made durable in a sector."""
         return self._history[sector][0].values[0]
+
+    def allowed_values(self, sector: int) -> frozenset[bytes]:
+        """What the sector may hold after a crash."""
+        return frozenset(value for entry in self._history[sector] for value in entry.values)
 
     def has_changed(self, sector: int) -> bool:
         """True if something was written to the sector, or discarded, since it was flushed."""
@@ -151,12 +155,16 @@ class _Expectation:
         if note.event == "write.begin":
             data = fields["data"]
             assert isinstance(data, bytes)
+            if int(str(fields["offset"])) + len(data) > self.model.size:
+                return  # Refused as a whole by every program; it has no end.
             self._writes[position] = self.model.begin_write(int(str(fields["offset"])), data)
         elif note.event == "discard.begin":
             where = int(str(fields["offset"])), int(str(fields["length_bytes"]))
-            self._writes[position] = self.model.begin_discard(*where)
+            if sum(where) <= self.model.size:
+                self._writes[position] = self.model.begin_discard(*where)
         elif note.event == "end":
-            self.model.end(self._writes.pop(token))
+            if token in self._writes:
+                self.model.end(self._writes.pop(token))
         elif note.event == "flush.begin":
             self._flushes[position] = self.model.begin_flush()
         elif note.event == "flush.end":
@@ -205,10 +213,15 @@ class _Expectation:
             what = what.replace(" was flushed as ", " was discarded and had been ")
         if len(wrong) > 1:
             what += f"; {len(wrong)} sectors are wrong"
-        return _Broken(clause, what, bool(kept), sector, None if why else _at(view.guest, sector))
+        return _Broken(clause, what, bool(kept), sector, self._allowed(sector))
 
     def _flushed(self, sector: int) -> bytes:
         return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)
+
+    def _allowed(self, sector: int) -> frozenset[bytes]:
+        if self.other is None:
+            return self.model.allowed_values(sector)
+        return frozenset(_at(side.guest, sector).ljust(SECTOR_BYTES, b"\0") for side in (self.view, self.other))
 
     def _in_either(self, guest: bytes, sector: int) -> bool:
         assert self.other is not None
@@ -348,7 +361,7 @@ def _violation(run: ForeignRun, model: Model, state: CrashedFiles, broken: _Brok
         breaks_promise=broken.breaks_promise,
         edge=f"{broken.what}; {why}" if why else broken.what,
         sector=broken.sector,
-        value=broken.value,
+        allowed=broken.allowed,
         files=state.files,
     )
 

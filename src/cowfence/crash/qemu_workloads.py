@@ -1,10 +1,12 @@
-"""Ready workloads for QEMU's engine: each operation that moves a pointer, from a fresh and from an aged image.
+"""Ready workloads for QEMU's engine: each operation that moves a pointer, from a fresh and from an aged image, and
+random walks.
 
 Small clusters make small states, so that a power cut is exhausted; 64 KiB clusters are what people use.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Final
 
@@ -106,13 +108,52 @@ _ALL: Final = (
 )
 
 
+def random_workload(seed: int) -> Workload:
+    """A walk of some ten commands on an image that has a bit of everything; the same for the same seed."""
+    chance = random.Random(seed)
+    cluster_bytes = chance.choice((512, 512, 4096))
+    size_bytes = 128 * cluster_bytes
+    lazy = chance.choice(("on", "off", "off"))
+    options = f"cluster_size={cluster_bytes},lazy_refcounts={lazy}"
+    backing = chance.random() < 0.3
+    prepare = []
+    if backing:
+        prepare += [
+            f"qemu-img create -f qcow2 -o cluster_size={cluster_bytes} BASE {size_bytes // 2}",
+            f"qemu-io -f qcow2 -c 'write -P 0xb5 0 {size_bytes // 4}' BASE",
+        ]
+    prepare.append(f"qemu-img create -f qcow2 -o {options} {'-b BASE -F qcow2 ' if backing else ''}IMG {size_bytes}")
+    clusters = chance.sample(range(126), 12)
+    prepare += [f"write -c {cluster * cluster_bytes} {cluster_bytes}" for cluster in clusters[:4]]
+    prepare += [f"write {cluster * cluster_bytes} {cluster_bytes}" for cluster in clusters[4:]]
+    if chance.random() < 0.3:
+        prepare += ["qemu-img snapshot -c s IMG", f"write {clusters[-1] * cluster_bytes} {cluster_bytes}"]
+    commands = []
+    for _ in range(chance.randrange(4, 12)):
+        # Half of the time where something stands already.
+        cluster = chance.choice(clusters) if chance.random() < 0.5 else chance.randrange(126)
+        whole = f"{cluster * cluster_bytes} {cluster_bytes * chance.choice((1, 1, 2))}"
+        part = f"{cluster * cluster_bytes + chance.randrange(0, cluster_bytes, 512)} 512"
+        commands.append(
+            chance.choice(
+                (f"write {whole}", f"write {whole}", f"write {part}", f"write -z -u {whole}", f"write -z {whole}")
+                + (f"discard {whole}", "flush")
+            )
+        )
+    tight = ("l2-cache-size=512", "l2-cache-entry-size=512") if chance.random() < 0.5 and cluster_bytes == 512 else ()
+    return Workload(f"random:{seed}", "a random walk", tuple(prepare), (*commands, "flush"), options=tight)
+
+
 def workloads() -> Mapping[str, Workload]:
     """All of them by name, in the order in which they are listed."""
     return {workload.name: workload for workload in _ALL}
 
 
 def workload(name: str) -> Workload:
-    """One by its name. Raises Invalid, which says how to list them."""
+    """One by its name; ``random:SEED`` is a walk. Raises Invalid, which says how to list them."""
+    word, colon, seed = name.partition(":")
+    if word == "random" and colon and seed.isdecimal():
+        return random_workload(int(seed))
     found = workloads().get(name)
     if found is None:
         raise Invalid(f"there is no workload {name!a}; --workload list shows them")
