@@ -27,7 +27,9 @@ def _configure_record(subparsers: Any) -> None:
     line = "run a program on files in a FUSE mount, and log all that it does to them"
     parser = subparsers.add_parser("record", help=line, description=line)
     parser.epilog = "exit code: that of the program; 1 on errors"
-    parser.add_argument("--mount", required=True, metavar="DIR", help="an empty directory; FILES are shown there by their names")
+    parser.add_argument(
+        "--mount", required=True, metavar="DIR", help="an empty directory; FILES are shown there by their names"
+    )
     parser.add_argument("--log", required=True, metavar="FILE", help="where the log goes")
     parser.add_argument(
         "--atomic",
@@ -133,12 +135,12 @@ def _judge_one(arguments: argparse.Namespace, workload: Workload | None) -> Judg
     models: tuple[Model, ...] = ("kill", "power") if arguments.model == "both" else (arguments.model,)
     options = {"budget_seconds": arguments.budget, "seed": arguments.seed}
     if workload is None:
-        return judging.judge_log(judging.load_run(arguments.log, arguments.image), arguments.log, models, **options)
+        return judging.judge_logs(judging.load_runs(arguments.log, arguments.image), arguments.log, models, **options)
     if "://" in workload.program:
         if arguments.mount is None or arguments.image is None:
             raise Invalid("an NBD URI needs --image FILE and --mount DIR: the server has to serve DIR/FILE")
         run = judging.record_at_uri(workload.program, arguments.mount, arguments.image, workload.commands)
-        return judging.judge_log(run, workload.name, models, **options)
+        return judging.judge_logs([run], workload.name, models, **options)
     kind = "--workload" if arguments.script is None else "--script"
     replay = f"{kind} {shlex.quote(workload.name)}"
     if arguments.program != "qemu-io":

@@ -1,8 +1,8 @@
 """Judging other programs: run a script through one, record what it does to its files, judge every crash state.
 
 Two recorders: QEMU's own ``blklogwrites`` driver, which needs no privilege and sees one image; and the FUSE mount (``fuse``),
-which sees any program, all files, truncation, and qemu-img. Commands are sent one at a time, so that "begun", "acknowledged" and
-"flushed" stand at their right places in the log; what the program does on its own while nobody asks counts to the last command.
+which sees any program, all files, truncation, and qemu-img. Commands are sent one at a time, so that "begun", "acknowledged"
+and "flushed" stand at their right places in the log; what the program does on its own counts to the last command.
 
 A recording is worth nothing if it lacks a write: after the run the replayed log must give the very bytes that the files hold.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,20 +24,23 @@ from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
 from cowfence.crash.foreign_sessions import QEMU_NBD, NbdSession, QemuIoSession, Serials, Session
 from cowfence.crash.foreign_states import Model
 from cowfence.crash.foreign_view import look
-from cowfence.crash.script import Command, file_words, parse, with_paths
+from cowfence.crash.script import file_words, parse, with_paths
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.storage.oplog import Done, OpLog
 from cowfence.units import SECTOR_BYTES
 
 Recorder = Literal["blklogwrites", "fuse"]
 
+_SHRINKING_SECONDS = 3.0
+"""For each attempt to do without a command: what has to be found again is found early."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """A script with the image that it starts from. ``prepare``: lines that make the files, not recorded.
 
-    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``, or the
-    command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
+    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``, or
+    the command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
     """
 
     name: str
@@ -91,15 +94,16 @@ class _Recording:
         session: QemuIoSession | None = None
         paths = {name: str(self._files / name) for name in self._names}
         for command in self._prepare:
-            if command.verb in ("tool", "kill"):
-                if session is not None:
-                    session.kill() if command.verb == "kill" else session.close()
-                    session = None
+            if command.verb in ("tool", "kill") and session is not None:
+                session.kill() if command.verb == "kill" else session.close()
+                session = None
             if command.verb == "tool":
                 qemu.run(with_paths(command.words, paths))
             elif command.verb != "kill":
                 if session is None:
-                    session = QemuIoSession(self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None)
+                    session = QemuIoSession(
+                        self._arguments(f"file.filename={paths[IMAGE]}"), self._directory, self._serials, None
+                    )
                 session.run(command, lambda: None)
         if session is not None:
             session.close()
@@ -191,10 +195,9 @@ def judge(
     verdicts = judge_run(
         run, model, budget_seconds=budget_seconds, seed=seed, limit=limit, stop_at=stop_at, reopen=opened_by_qemu
     )
-    sure = []
-    for violation in verdicts.violations:
-        (sure if confirm(run, violation) else verdicts.disputed).append(violation)
-    verdicts.violations = sure
+    found, verdicts.violations = verdicts.violations, []
+    for violation in found:
+        (verdicts.violations if confirm(run, violation) else verdicts.disputed).append(violation)
     return verdicts
 
 
@@ -272,20 +275,25 @@ def _read_by_qemu(image: Path, sector: int) -> bytes | None:
     return value if len(value) == SECTOR_BYTES else None
 
 
-def shrink(workload: Workload, violation: ForeignViolation, judge_again: Callable[[ForeignRun], ForeignVerdicts]) -> Workload:
-    """The workload with as few commands as still break the same clause."""
+def shrink(workload: Workload, violation: ForeignViolation, *, seed: int = 0) -> Workload:
+    """The workload with as few commands as still break the same clause in the same way."""
     commands = list(workload.commands)
     at = 0
     while at < len(commands) and len(commands) > 1:
         fewer = replace(workload, commands=tuple(commands[:at] + commands[at + 1 :]))
-        try:
-            again = judge_again(record(fewer))
-        except CowfenceError:
-            again = ForeignVerdicts()
-        if any(
-            one.clause == violation.clause and one.breaks_promise == violation.breaks_promise for one in again.violations
-        ):
+        if _shows(fewer, violation, seed):
             del commands[at]
         else:
             at += 1
     return replace(workload, commands=tuple(commands))
+
+
+def _shows(workload: Workload, violation: ForeignViolation, seed: int) -> bool:
+    try:
+        again = judge_run(
+            record(workload), violation.model, budget_seconds=_SHRINKING_SECONDS, seed=seed, reopen=opened_by_qemu
+        )
+    except CowfenceError:
+        return False
+    kinds = {(one.clause, one.breaks_promise and one.clause != "C5") for one in again.violations}
+    return (violation.clause, violation.breaks_promise and violation.clause != "C5") in kinds

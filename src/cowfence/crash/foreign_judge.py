@@ -1,10 +1,10 @@
 """The oracle for foreign engines: which views of a crash state the program's own promises, and our clauses, allow.
 
 Between commands of a whole-image tool the guest's model speaks: each sector is its flushed value or one written to that very
-sector since (C2, C3), snapshots read the same (C6), the size stays. What was acknowledged and not flushed may be lost, wholly,
-in the kill model too: a program that keeps its tables in memory promises no more. While a tool runs the view is the one before
-or the one after it (C7, C8); after it returned, the one after. Leaks are fine, and so is COPIED on a cluster with one reference and
-a count that is too high (C5).
+sector since (C2, C3), snapshots read the same (C6), the size stays. What was acknowledged and not flushed may be lost,
+wholly, in the kill model too: a program that keeps its tables in memory promises no more. While a tool runs the view is the
+one before or the one after it (C7, C8); after it returned, the one after. Leaks are fine, and so is COPIED on a cluster with
+one reference and a count that is too high (C5).
 
 ``breaks_promise`` separates two kinds of violation. True: bytes that were durable read as something else, or cannot be read. No
 program means that to happen. False: our contract asks for more than the program ever said, such as an atomic resize.
@@ -23,9 +23,9 @@ from cowfence.crash.foreign_run import ForeignRun, replay
 from cowfence.crash.foreign_states import CrashedFiles, Grain, Model, Walk
 from cowfence.crash.foreign_view import View, look
 from cowfence.crash.model import GuestModel
+from cowfence.errors import Invalid
 from cowfence.storage.oplog import Note
 from cowfence.units import SECTOR_BYTES
-
 
 Reopen = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
 
@@ -112,7 +112,9 @@ class _Guest(GuestModel):
 
     def end_flush(self, token: int) -> None:
         super().end_flush(token)
-        self.given_up = {sector for sector in self.given_up if self.has_changed(sector) or len(self._history[sector][0].values) > 1}
+        self.given_up = {
+            sector for sector in self.given_up if self.has_changed(sector) or len(self._history[sector][0].values) > 1
+        }
 
 
 class _Expectation:
@@ -124,6 +126,8 @@ class _Expectation:
         """Nobody noted what the guest did: only structure can be judged, and if everything can be read."""
         self._tools = self._tool_views()
         self.view = look(run.initial, run.image)
+        if self.view.error is not None:
+            raise Invalid(f"the image cannot be judged, it does not open before the run: {self.view.error}")
         """The view that is durable and complete, as far as whole-image tools go."""
         self.other: View | None = None
         """While a tool runs: the view after it."""

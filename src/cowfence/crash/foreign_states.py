@@ -1,10 +1,10 @@
 """The crash states of a foreign run: several files, one order.
 
-The kill and the power model of one file are ``crash.device``'s; a state of a run is a state of one file, with the others as they
-are at that instant. A power cut is walked at two grains. *Operations*: each subset of the operations that no fence covers yet,
-across all files, in its order. That is a part of the power model (each sector is then at one of its versions) which stays small
-where sectors are many, and most bugs are in it: a fence too few, an entry before its data. *Sectors*: all of the model, one file
-at a time.
+The kill and the power model of one file are ``crash.device``'s; a state of a run is a state of one file, with the others as
+they are at that instant. A power cut is walked at two grains. *Operations*: each subset of the operations that no fence
+covers yet, across all files, in its order. That is a part of the power model (each sector is then at one of its versions)
+which stays small where sectors are many, and most bugs are in it: a fence too few, an entry before its data. *Sectors*: all
+of the model, one file at a time.
 
 This module is the only one of the foreign judge that asks the device models.
 """
@@ -55,9 +55,7 @@ class _Pending:
 class Walk:
     """Goes along the log of a run. ``limit`` bounds the states of one instant; ``sampled`` says that it cut some off."""
 
-    def __init__(
-        self, run: ForeignRun, model: Model, *, grain: Grain = "sectors", limit: int = 4096, seed: int = 0
-    ) -> None:
+    def __init__(self, run: ForeignRun, model: Model, *, grain: Grain = "sectors", limit: int = 4096, seed: int = 0) -> None:
         self._run = run
         self._power = model == "power"
         self._whole = self._power and grain == "operations"

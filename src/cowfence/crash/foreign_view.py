@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from cowfence.disk.base import Disk
 from cowfence.disk.raw import RawDisk
-from cowfence.errors import Corrupt, CowfenceError
+from cowfence.errors import Corrupt, CowfenceError, Unsupported
 from cowfence.qcow2.findings import Grade
 from cowfence.qcow2.header import Header, Incompatible, read_header
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
@@ -30,8 +30,8 @@ _DEPTH_MAX = 8
 class View:
     """What a state shows. ``error``: why it does not open; then the rest is empty.
 
-    ``unreadable``: guest sectors whose reading fails (in ``guest`` they are zeros). ``snapshots``: (id, name) to (size in bytes,
-    digest, or the error text). ``findings``: fatal ones.
+    ``unreadable``: guest sectors whose reading fails, and why (in ``guest`` they are zeros). ``snapshots``: (id, name) to
+    (size in bytes, digest or error). ``findings``: fatal ones. ``backing``: the name of the backing file.
     """
 
     error: str | None = None
@@ -44,10 +44,12 @@ class View:
 
 
 def look(files: Mapping[str, bytes], image: str) -> View:
-    """Open the image of a state, read all of it and check it."""
+    """Open the image of a state, read all of it and check it. Raises Unsupported: what we cannot read, we cannot judge."""
     try:
         storage, header = _storage(files, image)
         disk = _open(files, image, "qcow2")
+    except Unsupported:
+        raise
     except CowfenceError as error:
         return View(error=str(error))
     guest, unreadable = _read(disk)

@@ -2,14 +2,14 @@
 
 The mount is one flat directory that shows the given files under the given names. Writes, truncations, punched and zeroed ranges
 and fsyncs go into one operation log, each with its begin and its end, so that calls in flight at the same time are in flight in
-the log. (Linux lets writes to one file through one after the other, as on most file systems, unless libfuse is 3.15 or newer and
-they lie inside the file.) Reads are not logged. Nothing can be created, renamed or removed there: a log that lacked a file would
-be worth nothing.
+the log. (Linux lets writes to one file through one after the other, as on most file systems, unless libfuse is 3.15 or newer
+and they lie inside the file.) Reads are not logged. Nothing can be created, renamed or removed there: a log that lacked a file
+would be worth nothing.
 
 The kernel caches no data of the mount (``direct_io``), so that each call comes here whole, up to the largest request that FUSE
-has, and O_DIRECT works as everywhere. Locks stay with the kernel, which keeps them for the mount. A descriptor opened with O_SYNC
-or O_DSYNC gets a fence behind each write. Punching and zeroing always succeed: where the host's file system cannot, zeros are
-written, so that the log does not depend on the host.
+has, and O_DIRECT works as everywhere. Locks stay with the kernel, which keeps them for the mount. A descriptor opened with
+O_SYNC or O_DSYNC gets a fence behind each write. Punching and zeroing always succeed: where the host's file system cannot,
+zeros are written, so that the log does not depend on the host.
 
 Needs libfuse3 (Debian: libfuse3-3; for users but root also fuse3), /dev/fuse, and the binding mfusepy (extra ``[fuse]``).
 """
@@ -63,9 +63,8 @@ def _binding() -> ModuleType:
 class FuseRecorder:
     """A mount at the directory ``mountpoint`` that shows ``files`` (name to path) and logs what is done to them.
 
-    A context manager: the mount stands while it is entered. Raises NoFuse, Invalid. The process that records must not wait for
-    the mount itself with the interpreter's lock held, so start programs
-    with a working directory outside of it.
+    A context manager: the mount stands while it is entered. Raises NoFuse, Invalid. The mount is served by threads of this
+    process: whoever starts programs gives them a working directory outside of it, else starting them waits for ever.
     """
 
     def __init__(
@@ -103,9 +102,7 @@ class FuseRecorder:
             os.close(here)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._unmount()
         self._thread.join(_MOUNT_SECONDS)
 
@@ -171,7 +168,18 @@ class _Recorder:
 
     def statfs(self, path: str) -> dict[str, int]:  # noqa: ARG002
         status = os.statvfs(next(iter(self._files.values())))
-        names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_favail", "f_ffree", "f_files", "f_flag", "f_frsize", "f_namemax")
+        names = (
+            "f_bavail",
+            "f_bfree",
+            "f_blocks",
+            "f_bsize",
+            "f_favail",
+            "f_ffree",
+            "f_files",
+            "f_flag",
+            "f_frsize",
+            "f_namemax",
+        )
         return {name: getattr(status, name) for name in names}
 
     def open(self, path: str, fi: Any) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from cowfence.crash import logfile, logwrites
 from cowfence.crash.foreign import Workload, judge, record, shrink
-from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
+from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation
 from cowfence.crash.foreign_run import ForeignRun, GuestNotes
 from cowfence.crash.foreign_sessions import NbdSession, Serials
 from cowfence.crash.foreign_states import Model
@@ -102,32 +102,31 @@ def judge_workload(
     run = record(workload)
     found = []
 
-    def again(shorter: ForeignRun, model: Model) -> ForeignVerdicts:
-        return judge_run(shorter, model, budget_seconds=min(5.0, budget_seconds or 5.0), seed=seed)
-
     verdicts = _judge_all(run, models, budget_seconds, seed)
     for model, verdict in verdicts.items():
         for violation in verdict.violations:
-            smallest = shrink(workload, violation, lambda shorter, model=model: again(shorter, model))
+            smallest = shrink(workload, violation, seed=seed)
             commands = "; ".join(smallest.commands)
             line = f"cowfence crash judge {replay} --model {model} --seed {seed}"
             if smallest.commands != workload.commands:
                 line += f" --commands {shlex.quote(commands)}"
             found.append((violation, smallest.commands, line))
-    return _judgement(run, workload.name, verdicts, found)
+    return _judgement(run, workload.name, models, list(verdicts.values()), found)
 
 
-def judge_log(
-    run: ForeignRun, name: str, models: Sequence[Model], *, budget_seconds: float | None = None, seed: int = 0
+def judge_logs(
+    runs: Sequence[ForeignRun], name: str, models: Sequence[Model], *, budget_seconds: float | None = None, seed: int = 0
 ) -> Judgement:
-    """Judge a run that was recorded earlier, in the file ``name``."""
-    verdicts = _judge_all(run, models, budget_seconds, seed)
+    """Judge a run that was recorded earlier, in the file ``name``, in all its versions."""
+    share = None if budget_seconds is None else budget_seconds / len(runs)
+    judged = [(run, _judge_all(run, models, share, seed)) for run in runs]
     found = [
         (violation, run.commands, f"cowfence crash judge --log {shlex.quote(name)} --model {model} --seed {seed}")
+        for run, verdicts in judged
         for model, verdict in verdicts.items()
         for violation in verdict.violations
     ]
-    return _judgement(run, name, verdicts, found)
+    return _judgement(runs[0], name, models, [verdict for _, verdicts in judged for verdict in verdicts.values()], found)
 
 
 def _judge_all(
@@ -140,39 +139,43 @@ def _judge_all(
 def _judgement(
     run: ForeignRun,
     name: str,
-    verdicts: Mapping[Model, ForeignVerdicts],
+    models: Sequence[Model],
+    verdicts: Sequence[ForeignVerdicts],
     found: Sequence[tuple[ForeignViolation, tuple[str, ...], str]],
 ) -> Judgement:
     return Judgement(
         run,
         name,
-        tuple(verdicts),
-        sum(verdict.states for verdict in verdicts.values()),
-        sum(verdict.distinct for verdict in verdicts.values()),
-        all(verdict.exhaustive for verdict in verdicts.values()),
+        tuple(models),
+        sum(verdict.states for verdict in verdicts),
+        sum(verdict.distinct for verdict in verdicts),
+        all(verdict.exhaustive for verdict in verdicts),
         tuple(found),
     )
 
 
-def load_run(log: str, image: str | None) -> ForeignRun:
+def load_runs(log: str, image: str | None) -> list[ForeignRun]:
     """The run in a file: our own log, or a dm-log-writes log of ``image``, which is the file as it was before.
 
+    A dm-log-writes log with discards gives two runs: what was discarded reads as zeros, or as before; the log does not say.
     Raises Corrupt, Invalid.
     """
     if os.path.getsize(log) > _LOG_MAX:
         raise Invalid(f"{log}: larger than 2 GiB")
     content = Path(log).read_bytes()
     if logfile.is_run(content):
-        return logfile.load(content, log)
+        return [logfile.load(content, log)]
     if not logwrites.is_log(content):
         raise Invalid(f"{log}: neither a log of 'cowfence crash record' nor one of dm-log-writes")
     if image is None:
         raise Invalid(f"{log}: a dm-log-writes log needs --image FILE, the image as it was before the log")
     name = os.path.basename(image)
-    initial = Path(image).read_bytes()
-    view = look({name: initial}, name)
-    entries = tuple(logwrites.entries_of(content, name, name=log))
-    return ForeignRun({name: initial}, view.guest, entries, "an unknown program", (), name)
+    initial = {name: Path(image).read_bytes()}
+    guest = look(initial, name).guest
+    zeroed = logwrites.entries_of(content, name, discards="zeroed", name=log)
+    unchanged = logwrites.entries_of(content, name, discards="unchanged", name=log)
+    versions = [zeroed] if zeroed == unchanged else [zeroed, unchanged]
+    return [ForeignRun(initial, guest, tuple(entries), "an unknown program", (), name) for entries in versions]
 
 
 def record_command(mountpoint: str, files: Sequence[str], command: Sequence[str], *, atomic: bool) -> tuple[ForeignRun, int]:

@@ -1,8 +1,8 @@
 """Reader of dm-log-writes logs, as the Linux target of that name and QEMU's ``blklogwrites`` driver write them.
 
 Little-endian. The first sector holds magic, version 1, the number of entries and the sector size S. Then comes one sector of S
-bytes for each entry (place, count, flags, length of a mark), followed by count * S bytes of data but for a discard; the text of a
-mark stands in the entry's own sector. Places and counts are in sectors of S bytes.
+bytes for each entry (place, count, flags, length of a mark), followed by count * S bytes of data but for a discard; the text
+of a mark stands in the entry's own sector. Places and counts are in sectors of S bytes.
 
 The number of entries in the first sector is written now and then only (QEMU: at every 4096th entry and at close), so that a log
 of a process that was killed goes on behind it. Entries that it counts must be whole. Behind them the log ends where the file
