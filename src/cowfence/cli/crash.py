@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cowfence.cli.main import print_json
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from cowfence.crash.judging import Judgement
 
 EXIT_VIOLATIONS = 2
+_WALKING_SECONDS = 60.0
 _CODES = "exit codes: 0 no violation found, 1 error, 2 violations found"
 
 
@@ -47,7 +50,11 @@ def _configure_judge(subparsers: Any) -> None:
     parser = subparsers.add_parser("judge", help=line, description=line)
     parser.epilog = _CODES
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workload", metavar="NAME", help="a ready workload for QEMU; 'list' shows them, 'all' runs them all")
+    source.add_argument(
+        "--workload",
+        metavar="NAME",
+        help="a ready workload for QEMU: 'list' shows them, 'all' runs them, 'random' walks from --seed on, for --budget",
+    )
     source.add_argument("--script", metavar="FILE", help="lines that make IMG, a line ---, and the commands to judge")
     source.add_argument("--log", metavar="FILE", help="a run recorded earlier, or a dm-log-writes log")
     parser.add_argument("--image", metavar="FILE", help="with a dm-log-writes log or an NBD URI: the image before it")
@@ -89,13 +96,16 @@ def _record(arguments: argparse.Namespace) -> int:
 def _judge(arguments: argparse.Namespace) -> int:
     if arguments.workload == "list":
         return _list()
-    judgements = [_judge_one(arguments, workload) for workload in _workloads(arguments)]
+    judgements = []
+    for workload in _workloads(arguments):
+        judgements.append(_judge_one(arguments, workload))
+        if not arguments.json and (judgements[-1].found or arguments.workload != "random"):
+            _print(judgements[-1])
     if arguments.json:
-        found = [judgement.to_dict() for judgement in judgements]
-        print_json(found[0] if len(found) == 1 else {"workloads": found} | _totals(judgements))
-    else:
-        for judgement in judgements:
-            _print(judgement)
+        print_json(judgements[0].to_dict() if len(judgements) == 1 else _totals(judgements))
+    elif arguments.workload in ("all", "random"):
+        states, found = sum(one.states for one in judgements), sum(len(one.found) for one in judgements)
+        print(f"{len(judgements)} workloads, {states} crash states, {found or 'no'} violations")
     return EXIT_VIOLATIONS if any(judgement.found for judgement in judgements) else 0
 
 
@@ -107,15 +117,23 @@ def _list() -> int:
     return 0
 
 
-def _workloads(arguments: argparse.Namespace) -> list[Workload | None]:
+def _workloads(arguments: argparse.Namespace) -> Iterator[Workload | None]:
     """What to record and judge; None: a log."""
+    import time
     from dataclasses import replace
 
     from cowfence.crash.judging import workload_of_text
     from cowfence.crash.qemu_workloads import workload, workloads
 
     if arguments.log is not None:
-        return [None]
+        yield None
+        return
+    if arguments.workload == "random":
+        deadline = time.monotonic() + (arguments.budget or _WALKING_SECONDS)
+        for seed in itertools.count(arguments.seed):
+            if time.monotonic() > deadline:
+                return
+            yield replace(workload(f"random:{seed}"), program=arguments.program)
     if arguments.script is not None:
         with open(arguments.script, encoding="utf-8", errors="replace") as source:
             found = [workload_of_text(source.read(), arguments.script)]
@@ -124,7 +142,7 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload | None]:
     if arguments.commands is not None:
         commands = tuple(line.strip() for line in arguments.commands.split(";"))
         found = [replace(one, commands=commands) for one in found]
-    return [replace(one, program=arguments.program) for one in found]
+    yield from (replace(one, program=arguments.program) for one in found)
 
 
 def _judge_one(arguments: argparse.Namespace, workload: Workload | None) -> Judgement:
@@ -150,6 +168,7 @@ def _judge_one(arguments: argparse.Namespace, workload: Workload | None) -> Judg
 
 def _totals(judgements: list[Judgement]) -> dict[str, object]:
     return {
+        "workloads": [one.name for one in judgements],
         "states": sum(one.states for one in judgements),
         "distinct": sum(one.distinct for one in judgements),
         "exhaustive": all(one.exhaustive for one in judgements),
@@ -163,6 +182,8 @@ def _print(judgement: Judgement) -> None:
         f"{judgement.name} ({judgement.run.program}): {judgement.states} crash states, {judgement.distinct} distinct, {how}; "
         f"{len(judgement.found) or 'no'} violation{'' if len(judgement.found) == 1 else 's'}"
     )
+    if judgement.disputed:
+        print(f"  {judgement.disputed} more would be violations, but QEMU reads what is allowed there: see our reader")
     for violation, operations, replay in judgement.found:
         kind = "breaks the program's own promise" if violation.breaks_promise else "beyond what the program promises"
         print(f"  {violation}")

@@ -30,7 +30,10 @@ _LOG_MAX = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A run, judged under one or both models. ``found``: each violation with the commands that show it and a replay line."""
+    """A run, judged under one or both models. ``found``: each violation with the commands that show it and a replay line.
+
+    ``disputed``: how many would be violations if QEMU did not read what is allowed there.
+    """
 
     run: ForeignRun
     name: str
@@ -38,6 +41,7 @@ class Judgement:
     states: int
     distinct: int
     exhaustive: bool
+    disputed: int
     found: tuple[tuple[ForeignViolation, tuple[str, ...], str], ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -49,6 +53,7 @@ class Judgement:
             "states": self.states,
             "distinct": self.distinct,
             "exhaustive": self.exhaustive,
+            "disputed": self.disputed,
             "violations": [_to_dict(*one) for one in self.found],
         }
 
@@ -150,6 +155,7 @@ def _judgement(
         sum(verdict.states for verdict in verdicts),
         sum(verdict.distinct for verdict in verdicts),
         all(verdict.exhaustive for verdict in verdicts),
+        sum(len(verdict.disputed) for verdict in verdicts),
         tuple(found),
     )
 

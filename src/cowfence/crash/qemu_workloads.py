@@ -60,6 +60,12 @@ _ALL: Final = (
         ("write -z -u 0 512", "write 16k 512", "flush"),
     ),
     Workload(
+        "zero-unmap-64k",
+        "the same, 64 KiB clusters",
+        (_LARGE, "write 0 64k"),
+        ("write -z -u 0 64k", "write 512k 64k", "flush"),
+    ),
+    Workload(
         "zero-keep",
         "zeroes without unmap, then a write",
         (_SMALL, "write 0 2k"),
@@ -100,12 +106,6 @@ _ALL: Final = (
         "lazy refcounts, writes over a compressed cluster",
         (_LAZY, "write -c 0 512"),
         ("write 0 512", "write 16k 512", "flush"),
-    ),
-    Workload(
-        "extended-l2",
-        "subclusters: parts, zeroes, discards",
-        ("qemu-img create -f qcow2 -o cluster_size=16k,extended_l2=on IMG 256k", "write 0 32k"),
-        ("write 40k 512", "flush", "write -z -u 0 1k", "discard 16k 512", "write 64k 1k", "flush"),
     ),
     Workload(
         "refcount-growth",
