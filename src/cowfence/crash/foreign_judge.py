@@ -132,6 +132,8 @@ class _Expectation:
         self.other: View | None = None
         """While a tool runs: the view after it."""
         self.changes = 0
+        self._atomic_clause = "C8"
+        """The clause by which the tool that runs is atomic."""
         self._flushes: dict[int, int] = {}
         self._writes: dict[int, int] = {}
         self._start(run.guest)
@@ -178,6 +180,7 @@ class _Expectation:
             assert isinstance(content, bytes)
             self.model.reopen(content)
         elif note.event == "tool.begin":
+            self._atomic_clause = "C7" if " snapshot " in str(fields["command"]) else "C8"
             self.view, self.other = self._tools.get(position, (self.view, None))
             self._start(self.view.guest)
         elif note.event == "tool.end" and self.other is not None:
@@ -250,7 +253,7 @@ class _Expectation:
         if view.backing not in {side.backing for side in sides}:
             return _Broken("C9", f"the backing file is {view.backing!a}, neither before nor after", breaks_promise=False)
         if self.other is not None and (view.size_bytes, view.guest) not in {(side.size_bytes, side.guest) for side in sides}:
-            return _Broken("C8", "the disk is a mix of before and after", breaks_promise=False)
+            return _Broken(self._atomic_clause, "the disk is a mix of before and after", breaks_promise=False)
         return None
 
     def _structure(self, view: View) -> _Broken | None:

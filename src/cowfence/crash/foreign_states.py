@@ -69,7 +69,9 @@ class Walk:
             name: PowerModel(content, limit=limit, seed=seed) if self._power else KillModel(content)
             for name, content in run.initial.items()
         }
-        self.sampled = False
+        written = {entry.file for entry in run.entries if not isinstance(entry, Note | Done | Fence)}
+        self.sampled = self._power and len(written) > 1
+        """States were left out. Of several files that are written, not every sector of one is tried with every one of another."""
 
     def __iter__(self) -> Iterator[CrashedFiles | Noted]:
         for position, entry in enumerate(self._run.entries):
