@@ -92,6 +92,23 @@ def test_zeroed_and_reused_reads_foreign_data_and_check_is_clean() -> None:
     assert "No errors were found" in found.confirmed
 
 
+@pytest.mark.parametrize(("name", "line"), [("compressed-zero", "write -z -u 0 64k"), ("compressed-discard", "discard 0 64k")])
+def test_a_compressed_cluster_is_punched_out_before_its_entry_is_replaced(name: str, line: str, tmp_path: Path) -> None:
+    (found,) = violations(name, "kill")
+    assert (found.clause, found.breaks_promise) == ("C3", True)
+    assert f"was given back to the host by '{line}'" in found.edge
+    assert "No errors were found" in found.confirmed
+    # And with nothing between qemu-io and the file: killed after the command returned.
+    image = tmp_path / "image"
+    run_judge(["qemu-img", "create", "-f", "qcow2", image, "1M"])
+    run_judge(["qemu-io", "-c", "write -c -P 1 0 64k", image])
+    process = QemuIo(["-t", "writeback", "-d", "unmap", "-f", "qcow2", str(image)])
+    assert "65536/65536" in process.command(line)
+    process.kill()
+    assert "Input/output error" in run_judge(["qemu-io", "-r", "-c", "read 0 512", image], check=False).stdout
+    assert run_judge(["qemu-img", "check", image]).returncode == 0
+
+
 def test_discarded_data_is_not_called_lost() -> None:
     (found,) = violations("discard", "kill")
     assert (found.clause, found.breaks_promise) == ("C3", False)

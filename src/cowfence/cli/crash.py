@@ -185,7 +185,7 @@ def _print(judgement: Judgement) -> None:
     if judgement.disputed:
         print(f"  {judgement.disputed} more would be violations, but QEMU reads what is allowed there: see our reader")
     for violation, operations, replay in judgement.found:
-        kind = "breaks the program's own promise" if violation.breaks_promise else "beyond what the program promises"
+        kind = "durable data is lost" if violation.breaks_promise else "beyond what the program promises"
         print(f"  {violation}")
         print(f"    {kind}; in {violation.states} states; shown by: {'; '.join(operations)}")
         print(f"    {violation.confirmed}")

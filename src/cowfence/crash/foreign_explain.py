@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cowfence.crash.foreign_run import ForeignRun, operation_range
 from cowfence.crash.foreign_states import CrashedFiles
-from cowfence.storage.oplog import Done, Fence, Note, Operation, Write
+from cowfence.storage.oplog import Discard, Done, Fence, Note, Operation, Write, Zero
 from cowfence.units import SECTOR_BYTES
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -87,6 +87,12 @@ def explain(run: ForeignRun, state: CrashedFiles, sector: int) -> str:
     reused = _last_write(run, state.position, place.start, place.end)
     if reused is None:
         return f"its L2 entry at {place.entry_at:#x} leads to {kind} at {place.start:#x}, which the run never wrote"
+    if not isinstance(run.entries[reused], Write):
+        return (
+            f"{kind} at {place.start:#x} was given back to the host by {_command_at(run, reused)!r} ({_mark(run, reused)}) "
+            f"before the L2 entry at {place.entry_at:#x} that still leads to it was replaced on disk"
+            + _replaced(run, state.position, place.entry_at)
+        )
     freed = _last_command_on(run, reused, _cluster_of(state.files[run.image], sector * SECTOR_BYTES))
     reuser = _command_at(run, reused)
     told = _mark(run, reused)
@@ -114,7 +120,7 @@ def _last_write(run: ForeignRun, position: int, start: int, end: int) -> int | N
     found = None
     for at, operation in _operations(run):
         first, last = operation_range(operation)
-        if at <= _issued(run, position) and isinstance(operation, Write) and first < end and start < last:
+        if at <= _issued(run, position) and isinstance(operation, Write | Zero | Discard) and first < end and start < last:
             found = at
     return found
 

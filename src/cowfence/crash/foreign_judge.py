@@ -220,7 +220,8 @@ class _Expectation:
             what = what.replace(" was flushed as ", " was discarded and had been ")
         if len(wrong) > 1:
             what += f"; {len(wrong)} sectors are wrong"
-        return _Broken(clause, what, bool(kept), sector, self._allowed(sector))
+        # What was given up may be lost; that reading it fails, for the guest and for every copy of the disk, nobody asked for.
+        return _Broken(clause, what, bool(kept) or bool(why), sector, self._allowed(sector))
 
     def _flushed(self, sector: int) -> bytes:
         return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)

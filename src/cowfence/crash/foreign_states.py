@@ -71,7 +71,7 @@ class Walk:
         }
         written = {entry.file for entry in run.entries if not isinstance(entry, Note | Done | Fence)}
         self.sampled = self._power and len(written) > 1
-        """States were left out. Of several files that are written, not every sector of one is tried with every one of another."""
+        """States were left out. Of several files that are written, the sectors of one are not tried with those of another."""
 
     def __iter__(self) -> Iterator[CrashedFiles | Noted]:
         for position, entry in enumerate(self._run.entries):

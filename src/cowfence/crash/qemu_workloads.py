@@ -51,6 +51,24 @@ _ALL: Final = (
         (_MEDIUM, "write -c 0 4k"),
         ("write 512 512", "write 64k 4k", "flush"),
     ),
+    Workload(
+        "compressed-zero",
+        "zeroes with unmap over a compressed cluster",
+        (_LARGE, "write -c 0 64k"),
+        ("write -z -u 0 64k", "flush"),
+    ),
+    Workload(
+        "compressed-discard",
+        "discard of a compressed cluster",
+        (_LARGE, "write -c 0 64k"),
+        ("discard 0 64k", "flush"),
+    ),
+    Workload(
+        "compressed-shared-cluster",
+        "two compressed clusters in one host cluster, of which one is given up",
+        (_MEDIUM, "write -c 0 4k", "write -c 4k 4k"),
+        ("write -z -u 0 4k", "write 64k 4k", "flush", "discard 4k 4k", "write 80k 4k", "flush"),
+    ),
     Workload("discard", "discard, then write elsewhere", (_SMALL, "write 0 2k"), ("discard 0 512", "write 16k 512", "flush")),
     Workload("discard-64k", "the same, 64 KiB clusters", (_LARGE, "write 0 64k"), ("discard 0 64k", "write 512k 64k", "flush")),
     Workload(
