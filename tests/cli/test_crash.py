@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 
 from cowfence.crash.fuse import NoFuse, _binding
+from cowfence.crash.logwrites import MAGIC
 from helpers_cli import cowfence
 from judges import require, run
 
@@ -93,6 +95,35 @@ def test_a_dm_log_writes_log_is_judged_with_its_image(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "guest sector 0 cannot be read" in done.stdout
     assert "--image" in cowfence("crash", "judge", "--log", log, check=False).stderr
+
+
+def test_what_would_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    require("qemu-img")
+    run(["qemu-img", "create", "-f", "qcow2", tmp_path / "i", "1M"])
+    (tmp_path / "log").write_bytes(
+        struct.pack("<QQQI", MAGIC, 1, 1, 512).ljust(512, b"\0")
+        + struct.pack("<QQQQ", 1 << 40, 1, 0, 0).ljust(512, b"\0")
+        + bytes(512)
+    )
+    done = cowfence("crash", "judge", "--log", tmp_path / "log", "--image", tmp_path / "i", check=False)
+    assert (done.returncode, "larger files are not judged" in done.stderr) == (1, True)
+    run(["qemu-img", "create", "-f", "qcow2", tmp_path / "large", "2T"])
+    (tmp_path / "log").write_bytes(struct.pack("<QQQI", MAGIC, 1, 0, 512).ljust(512, b"\0"))
+    done = cowfence("crash", "judge", "--log", tmp_path / "log", "--image", tmp_path / "large", check=False)
+    assert (done.returncode, "are not judged" in done.stderr) == (1, True)
+
+
+def test_without_qemu_a_log_is_judged_all_the_same(tmp_path: Path) -> None:
+    require("qemu-img")
+    needs_fuse()
+    (tmp_path / "mount").mkdir()
+    run(["qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=512", tmp_path / "i", "64k"])
+    run(["qemu-io", "-c", "write -P 1 0 2k", "-c", "write -P 2 40k 2k", tmp_path / "i"])
+    words = ("crash", "record", "--atomic", "--mount", tmp_path / "mount", "--log", tmp_path / "log", tmp_path / "i", "--")
+    cowfence(*words, "qemu-img", "resize", "-f", "qcow2", "--shrink", tmp_path / "mount" / "i", "32k")
+    done = cowfence("crash", "judge", "--log", tmp_path / "log", before=("env", f"PATH={tmp_path}"), check=False)
+    assert done.returncode == 2
+    assert "not put before QEMU: qemu-img is not installed" in done.stdout
 
 
 def test_workloads_are_listed() -> None:

@@ -193,6 +193,17 @@ def test_an_nbd_server_is_judged_like_qemu_io() -> None:
     assert "freed by 'write -z -u 0 512'" in found.edge
 
 
+@pytest.mark.parametrize("name", ["zero-unmap", "compressed-zero", "compressed-4k", "discard", "lazy-backed"])
+def test_our_own_server_stands_before_the_same_judge(name: str) -> None:
+    """The control, with the server that ships, on a real file: where QEMU is accused, it must not be."""
+    run = recorded(replace(workload(name), program="cowfence"))
+    for model in BOTH:
+        found = judge(run, model, budget_seconds=1.5)
+        assert not found.violations
+        assert not found.disputed
+        assert found.states > 5
+
+
 def test_a_killed_program_may_lose_what_it_did_not_flush() -> None:
     run = recorded(workload("kill-reopen"))
     assert any(isinstance(entry, Note) and entry.event == "reopened" for entry in run.entries)

@@ -9,10 +9,10 @@ A recording is worth nothing if it lacks a write: after the run the replayed log
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from cowfence.crash import logwrites, qemu
 from cowfence.crash.foreign_explain import value_words
 from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation, judge_run
 from cowfence.crash.foreign_run import IMAGE, ForeignRun, GuestNotes, replay
-from cowfence.crash.foreign_sessions import QEMU_NBD, NbdSession, QemuIoSession, Serials, Session
+from cowfence.crash.foreign_sessions import SERVERS, NbdSession, QemuIoSession, Serials, Session
 from cowfence.crash.foreign_states import Model
 from cowfence.crash.foreign_view import look
 from cowfence.crash.script import file_words, parse, with_paths
@@ -39,8 +39,8 @@ _SHRINKING_SECONDS = 3.0
 class Workload:
     """A script with the image that it starts from. ``prepare``: lines that make the files, not recorded.
 
-    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``, or
-    the command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
+    ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``,
+    ``cowfence``, or the command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
     """
 
     name: str
@@ -83,7 +83,9 @@ class _Recording:
             self._run_in_mount(names)
         else:
             self._run_with_driver()
-        program = f"{self._workload.program.split()[0]} {qemu.version()}"
+        program = self._workload.program
+        if program.startswith("qemu-"):
+            program = f"{program.split()[0]} {qemu.version()}"
         run = ForeignRun(initial, guest, self.log.entries(), program, self._workload.commands)
         for name, content in replay(run).items():
             if content != (self._files / name).read_bytes():
@@ -172,8 +174,7 @@ class _Recording:
         program = self._workload.program
         if program == "qemu-io":
             return QemuIoSession(self._arguments(f"file.filename={image}"), self._directory, self._serials, self._notes)
-        if program == "qemu-nbd":
-            program = QEMU_NBD
+        program = SERVERS.get(program, program)
         return NbdSession.start(program, image, self._directory, self._serials, self._notes)
 
 
@@ -197,11 +198,15 @@ def judge(
     )
     found, verdicts.violations = verdicts.violations, []
     for violation in found:
-        (verdicts.violations if confirm(run, violation) else verdicts.disputed).append(violation)
+        try:
+            agrees = confirm(run, violation)
+        except qemu.MissingProgram as missing:
+            agrees, violation.confirmed = True, f"not put before QEMU: {missing}"
+        (verdicts.violations if agrees else verdicts.disputed).append(violation)
     return verdicts
 
 
-@contextmanager
+@contextlib.contextmanager
 def state_files(files: Mapping[str, bytes]) -> Iterator[Path]:
     """A directory with the files of a crash state, under their names in the run."""
     with tempfile.TemporaryDirectory(prefix="cowfence-state-") as name:
@@ -213,7 +218,8 @@ def state_files(files: Mapping[str, bytes]) -> Iterator[Path]:
 def opened_by_qemu(files: Mapping[str, bytes], image: str = IMAGE) -> Mapping[str, bytes]:
     """The files as QEMU leaves them when it opens the image for writing and closes it again: with its own repairs."""
     with state_files(files) as directory:
-        qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(directory / image)], check=False)
+        with contextlib.suppress(qemu.MissingProgram):
+            qemu.run(["qemu-io", "-f", "qcow2", "-c", "length", str(directory / image)], check=False)
         return {name: (directory / name).read_bytes() for name in files}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,11 @@ from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.client import NbdDisk
 
 _START_SECONDS: Final = 30.0
-QEMU_NBD: Final = "qemu-nbd --cache=writeback --discard=unmap -f qcow2 -k {socket} {image}"
+SERVERS: Final = {
+    "qemu-nbd": "qemu-nbd --cache=writeback --discard=unmap -f qcow2 -k {socket} {image}",
+    "cowfence": f"{shlex.quote(sys.executable)} -m cowfence.cli.main serve {{image}} --socket {{socket}}",
+}
+"""Servers that need no command line."""
 
 
 class Serials:

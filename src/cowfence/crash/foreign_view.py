@@ -24,6 +24,8 @@ from cowfence.units import SECTOR_BYTES
 
 _OPTIONS = Options(commit_interval=None)
 _DEPTH_MAX = 8
+DISK_MAX_BYTES = 1 << 30
+"""Larger disks and files are not judged: every state is held in memory, and a log may come from anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ def look(files: Mapping[str, bytes], image: str) -> View:
         raise
     except CowfenceError as error:
         return View(error=str(error))
+    if disk.size > DISK_MAX_BYTES:
+        return View(error=f"a disk of {disk.size} bytes: more than {DISK_MAX_BYTES} are not judged")
     guest, unreadable = _read(disk)
     snapshots: dict[tuple[str, str], tuple[int, str]] = {}
     findings: tuple[str, ...]
@@ -103,6 +107,8 @@ def _backing(files: Mapping[str, bytes], header: Header, depth: int = 0) -> Disk
 def _digest(storage: MemoryStorage, header: Header, backing: Disk | None) -> tuple[int, str]:
     try:
         disk = Qcow2Disk(storage, header, backing, writable=False, options=_OPTIONS)
+        if disk.size > DISK_MAX_BYTES:
+            return disk.size, "too large to be judged"
         return disk.size, hashlib.blake2b(disk.read(0, disk.size), digest_size=8).hexdigest()
     except CowfenceError as error:
         return header.size_bytes, str(error)

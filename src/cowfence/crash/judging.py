@@ -16,13 +16,13 @@ from typing import Literal
 from cowfence.crash import logfile, logwrites
 from cowfence.crash.foreign import Workload, judge, record, shrink
 from cowfence.crash.foreign_judge import ForeignVerdicts, ForeignViolation
-from cowfence.crash.foreign_run import ForeignRun, GuestNotes
+from cowfence.crash.foreign_run import ForeignRun, GuestNotes, operation_range
 from cowfence.crash.foreign_sessions import NbdSession, Serials
 from cowfence.crash.foreign_states import Model
-from cowfence.crash.foreign_view import look
+from cowfence.crash.foreign_view import DISK_MAX_BYTES, look
 from cowfence.crash.script import parse
 from cowfence.errors import CowfenceError, Invalid
-from cowfence.storage.oplog import OpLog
+from cowfence.storage.oplog import Done, Note, OpLog
 
 ModelChoice = Literal["kill", "power", "both"]
 _LOG_MAX = 1 << 31
@@ -180,12 +180,15 @@ def load_runs(log: str, image: str | None) -> list[ForeignRun]:
     guest = look(initial, name).guest
     zeroed = logwrites.entries_of(content, name, discards="zeroed", name=log)
     unchanged = logwrites.entries_of(content, name, discards="unchanged", name=log)
+    for entry in zeroed:
+        if not isinstance(entry, Note | Done) and operation_range(entry)[1] > DISK_MAX_BYTES:
+            raise Invalid(f"{log}: {entry.mark} leads past {DISK_MAX_BYTES} bytes: larger files are not judged")
     versions = [zeroed] if zeroed == unchanged else [zeroed, unchanged]
     return [ForeignRun(initial, guest, tuple(entries), "an unknown program", (), name) for entries in versions]
 
 
 def record_command(mountpoint: str, files: Sequence[str], command: Sequence[str], *, atomic: bool) -> tuple[ForeignRun, int]:
-    """Run ``command`` while ``mountpoint`` shows ``files``; the run, whose image is the first file, and the exit code.
+    """Run ``command`` while ``mountpoint`` shows ``files``; the run, whose image is the first file, and its exit code as in a shell.
 
     ``atomic``: the command is one operation on the whole image (as ``qemu-img resize``), before or after in every crash state;
     else nobody knows what it writes for its guest, and only the structure can be judged.
@@ -208,7 +211,8 @@ def record_command(mountpoint: str, files: Sequence[str], command: Sequence[str]
         if atomic:
             log.note("tool.end", token=token, ok=code == 0)
     guest = look(initial, image).guest
-    return ForeignRun(initial, guest, log.entries(), command[0], (text,), image), code
+    run = ForeignRun(initial, guest, log.entries(), command[0], (text,), image)
+    return run, code if code >= 0 else 128 - code
 
 
 def record_at_uri(uri: str, mountpoint: str, image: str, lines: Sequence[str]) -> ForeignRun:
