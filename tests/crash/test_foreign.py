@@ -201,7 +201,7 @@ def test_our_own_server_stands_before_the_same_judge(name: str) -> None:
         found = judge(run, model, budget_seconds=1.5)
         assert not found.violations
         assert not found.disputed
-        assert found.states > 5
+        assert found.distinct > 1
 
 
 def test_a_killed_program_may_lose_what_it_did_not_flush() -> None:

@@ -40,7 +40,7 @@ class Workload:
     """A script with the image that it starts from. ``prepare``: lines that make the files, not recorded.
 
     ``options``: of the qcow2 driver while the script runs (``l2-cache-size=512``). ``program``: ``qemu-io``, ``qemu-nbd``,
-    ``cowfence``, or the command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket to serve it at.
+    ``cowfence``, or the command line of an NBD server in which ``{image}`` and ``{socket}`` stand for the file and the socket.
     """
 
     name: str

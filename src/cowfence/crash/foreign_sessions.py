@@ -158,7 +158,7 @@ class NbdSession:
         if self._server is not None:
             try:
                 # A server that serves one client ends by itself; others are asked to.
-                self._server.wait(1.0)
+                self._server.wait(0.2)
             except subprocess.TimeoutExpired:
                 self._server.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -188,7 +188,7 @@ def load_runs(log: str, image: str | None) -> list[ForeignRun]:
 
 
 def record_command(mountpoint: str, files: Sequence[str], command: Sequence[str], *, atomic: bool) -> tuple[ForeignRun, int]:
-    """Run ``command`` while ``mountpoint`` shows ``files``; the run, whose image is the first file, and its exit code as in a shell.
+    """Run ``command`` while ``mountpoint`` shows ``files``: the run, whose image is the first file, and the exit code.
 
     ``atomic``: the command is one operation on the whole image (as ``qemu-img resize``), before or after in every crash state;
     else nobody knows what it writes for its guest, and only the structure can be judged.
