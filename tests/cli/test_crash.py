@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
 
-from cowfence.crash.fuse import NoFuse, _binding
 from cowfence.crash.logwrites import MAGIC
 from helpers_cli import cowfence
+from helpers_fuse import require_fuse
 from judges import require, run
-
-
-def needs_fuse() -> None:
-    try:
-        _binding()
-    except NoFuse as error:
-        pytest.skip(str(error))
-    if os.geteuid() and shutil.which("fusermount3") is None:
-        pytest.skip("mounting takes root, or fusermount3 (Debian: apt-get install fuse3)")
 
 
 def test_violations_are_told_and_counted_in_the_exit_code() -> None:
@@ -54,7 +44,7 @@ def test_a_script_is_judged(tmp_path: Path) -> None:
 
 def test_a_command_is_recorded_and_judged_later(tmp_path: Path) -> None:
     require("qemu-img")
-    needs_fuse()
+    require_fuse()
     image, mount, log = tmp_path / "i.qcow2", tmp_path / "mount", tmp_path / "log"
     mount.mkdir()
     run(["qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=512", image, "64k"])
@@ -115,7 +105,7 @@ def test_what_would_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
 
 def test_without_qemu_a_log_is_judged_all_the_same(tmp_path: Path) -> None:
     require("qemu-img")
-    needs_fuse()
+    require_fuse()
     (tmp_path / "mount").mkdir()
     run(["qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=512", tmp_path / "i", "64k"])
     run(["qemu-io", "-c", "write -P 1 0 2k", "-c", "write -P 2 40k 2k", tmp_path / "i"])

@@ -63,8 +63,8 @@ def _configure_judge(subparsers: Any) -> None:
         "--program",
         default="qemu-io",
         metavar="PROGRAM",
-        help="qemu-io (default), qemu-nbd, cowfence, the command line of an NBD server with {socket} and {image}, or an NBD URI "
-        "that serves --image out of --mount",
+        help="qemu-io (default), qemu-nbd, cowfence, the command line of an NBD server with {socket} and {image}, or an NBD "
+        "URI that serves --image out of --mount",
     )
     parser.add_argument("--mount", metavar="DIR", help="with an NBD URI: where the server finds the image")
     parser.add_argument("--model", choices=("kill", "power", "both"), default="both", help="(default: both)")
