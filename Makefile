@@ -1,5 +1,6 @@
 # Needs python3 with venv and pip, and make. Everything else is installed into .venv by the first target that needs it.
 #   make demo [IMAGE=disk.qcow2]   make test [PYTEST_ARGS="-k header"]   make check   make bench   make crash
+#   make guest [GUEST_ARGS="--rounds 5 --seed 1"]
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +9,14 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CRASH_ARGS ?= --budget 600
+GUEST_ARGS ?=
 IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench crash format clean
+.PHONY: help setup demo test lint check bench crash guest format clean
 
 help:
-	@sed -n '2s/^# *//p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '2,3s/^# *//p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)
 
@@ -46,9 +48,12 @@ bench: $(STAMP)
 crash: $(STAMP)
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m crash.walks $(CRASH_ARGS)
 
+guest: $(STAMP)
+	$(BIN)/python -m guest $(GUEST_ARGS)
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist demo-work
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist demo-work guest-work

@@ -5,7 +5,8 @@ is installed, else a tar archive of the tree on a raw disk. An image that is giv
 overlay in ``demo-work``.
 
 What is counted: every 4 KiB block that the client wrote, by what it was promised. A block whose write was flushed must hold
-that write or a later one; a block written and not flushed may hold old or new bytes; every other block must be the base's.
+that write or a later one, and so, thanks to the keeper, must one whose write was answered and not flushed; a block whose last
+write was not answered may hold old or new bytes; every other block must be the base's.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def write_until_killed(client: NbdDisk, ledger: Ledger, rng: random.Random, stop
 @dataclass
 class Verdict:
     kept: int = 0
+    unflushed: int = 0
     newer: int = 0
     lost: int = 0
     foreign: int = 0
@@ -191,10 +193,11 @@ def judge(overlay: cowfence.Disk, base: cowfence.Disk, ledger: Ledger) -> Verdic
             if block not in ledger.issued:
                 verdict.untouched_wrong += have != old
                 continue
-            flushed = ledger.flushed.get(block, 0)
-            if have == (content(block, flushed) if flushed else old):
-                verdict.kept += bool(flushed)
-            elif any(have == content(block, serial) for serial in ledger.issued[block] if serial > flushed):
+            answered = ledger.acknowledged.get(block, 0)
+            if have == (content(block, answered) if answered else old):
+                verdict.kept += bool(answered)
+                verdict.unflushed += answered != ledger.flushed.get(block, 0)
+            elif any(have == content(block, serial) for serial in ledger.issued[block] if serial > answered):
                 verdict.newer += 1
             elif have == old or any(have == content(block, serial) for serial in ledger.issued[block]):
                 verdict.lost += 1
@@ -214,7 +217,7 @@ def main() -> int:
     work = Path("demo-work")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    screen.title("cowfence: kill the server in mid-write, lose nothing that was flushed")
+    screen.title("cowfence: kill the server in mid-write, lose nothing that was answered")
 
     screen.step("A base image" if arguments.image is None else "Your image, which is only read")
     base_path = make_base(work, screen) if arguments.image is None else Path(arguments.image).resolve()
@@ -255,8 +258,9 @@ def main() -> int:
     ):
         verdict = judge(overlay, base, ledger)
     lost_bytes = (verdict.lost + verdict.foreign) * BLOCK
-    screen.fact("flushed blocks found as promised", f"{verdict.kept:,}", "good")
-    screen.fact("blocks that hold a later write", f"{verdict.newer:,} (not yet flushed: old or new, never torn)", "good")
+    screen.fact("answered blocks found as promised", f"{verdict.kept:,}", "good")
+    screen.fact("of them never flushed", f"{verdict.unflushed:,} (the keeper completed them)", "good")
+    screen.fact("blocks that hold a later write", f"{verdict.newer:,} (not yet answered: old or new, never torn)", "good")
     screen.fact("bytes flushed", f"{ledger.flushed_bytes:,}")
     screen.fact("bytes lost", f"{lost_bytes:,}", "good" if not lost_bytes else "bad")
     screen.fact("other blocks changed", f"{verdict.untouched_wrong}", "good" if not verdict.untouched_wrong else "bad")

@@ -12,6 +12,7 @@ judges=(
   nbdkit:nbdkit
   fio:fio
   mkfs.ext4:e2fsprogs
+  chromium:chromium chromedriver:chromium-driver
 )
 
 missing_programs=()

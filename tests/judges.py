@@ -22,6 +22,8 @@ DEBIAN_PACKAGES = {
     "fio": "fio",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
 }
 _PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 

@@ -131,6 +131,7 @@ def open(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk: ...
 
 
@@ -150,6 +151,7 @@ def open(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -168,6 +170,7 @@ def open(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk | RawDisk:
     """Open an image and its backing files as one disk; a context manager. Read-only unless ``writable``.
 
@@ -177,8 +180,9 @@ def open(
     ``commit_interval``: seconds after which an idle guest's writes are committed; None: never on their own. ``discards``: give
     the host what the guest discards. ``lock``, ``force_share``: image locks as QEMU takes them; forced sharing reads beside a
     writer. ``direct``: around the page cache. ``cache_bytes``: of tables in memory. ``backing``, ``assume_backing_format``: see
-    ``open_chain``. Those about caching and commits (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is
-    raised where they are given.
+    ``open_chain``. ``keeper``: a small process beside this one completes what is not committed if this one is killed, so that
+    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. Those about caching and commits
+    (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is raised where they are given.
 
     Raises NotThisFormat, Unsupported, Corrupt, Refused, Locked, ReadOnly, Invalid, StorageFailed.
     """
@@ -206,6 +210,7 @@ def open(
         direct=direct,
         backing=backing,
         assume_backing_format=assume_backing_format,
+        keeper=keeper,
     )
 
 

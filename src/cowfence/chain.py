@@ -22,10 +22,11 @@ from typing import Final, Literal, TypeAlias, overload
 from cowfence.disk.base import Disk
 from cowfence.disk.opener import OpenFile, Place, Refs, printable
 from cowfence.disk.raw import RawDisk
-from cowfence.errors import Refused, Unsupported
+from cowfence.errors import Invalid, Refused, Unsupported
 from cowfence.qcow2.describe import probe
 from cowfence.qcow2.header import Header, check_supported, read_header
-from cowfence.qcow2.image import Options, Qcow2Disk, open_image
+from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
+from cowfence.qcow2.journal import Journal
 from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
 from cowfence.storage.locks import ImageLock
@@ -50,6 +51,7 @@ def open_chain(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk: ...
 
 
@@ -67,6 +69,7 @@ def open_chain(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -83,6 +86,7 @@ def open_chain(
     direct: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
+    keeper: bool = False,
 ) -> Qcow2Disk | RawDisk:
     """Open the image at ``path``, of the given format, and the backing files that it names.
 
@@ -91,7 +95,8 @@ def open_chain(
     be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache; backing
     files, which others may share, go through it. ``backing=False`` opens no backing file: what the image does not hold then
     reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
-    record none; without it they are refused.
+    record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
+    (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -100,6 +105,10 @@ def open_chain(
     check_format(format, name)
     if assume_backing_format is not None:
         check_format(assume_backing_format, name)
+    options = options or Options()
+    if keeper and (format != "qcow2" or not writable or not lock or options.mode is CacheMode.UNSAFE):
+        raise Invalid(f"{name}: a keeper is for a locked qcow2 image that is open for writing and not in unsafe mode")
+    journal: Journal | None = None
     storage = FileStorage.open(
         path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
     )
@@ -108,14 +117,20 @@ def open_chain(
             return RawDisk(storage)
         way = _Way(
             refs=Refs.beside(path) if refs is None else refs,
-            options=options or Options(),
+            options=options,
             lock=lock,
             force_share=force_share,
             assume_format=assume_backing_format,
         )
         place = Place.of_top(storage.fileno(), path, name) if backing else None
-        return _open_qcow2(storage, place, way, writable=writable)
+        if keeper:
+            from cowfence.keeper.start import start_keeper  # Starting processes is a heavy module, and seldom asked for.
+
+            journal = start_keeper(storage)
+        return _open_qcow2(storage, place, way, writable=writable, journal=journal)
     except BaseException:
+        if journal is not None:
+            journal.close()
         storage.close()
         raise
 
@@ -154,7 +169,9 @@ class _Way:
     assume_format: str | None
 
 
-def _open_qcow2(storage: Storage, place: Place | None, way: _Way, *, writable: bool) -> Qcow2Disk:
+def _open_qcow2(
+    storage: Storage, place: Place | None, way: _Way, *, writable: bool, journal: Journal | None = None
+) -> Qcow2Disk:
     """The image in ``storage``, which stays the caller's if this fails. ``place``: None opens no backing file."""
     below: Disk | None = None
     if place is not None:
@@ -164,7 +181,7 @@ def _open_qcow2(storage: Storage, place: Place | None, way: _Way, *, writable: b
         if header.backing_file is not None:
             below = _open_backing(header.backing_file, backing_format_of(header, place.name, way.assume_format), place, way)
     try:
-        return open_image(storage, backing=below, writable=writable, options=way.options)
+        return open_image(storage, backing=below, writable=writable, options=way.options, journal=journal)
     except BaseException:
         if below is not None:
             below.close()

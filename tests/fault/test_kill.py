@@ -1,7 +1,8 @@
 """SIGKILL at random moments, under fio's load and a client that keeps account, on one image that grows old.
 
 After each kill qemu-img check and our check show at most leaks, every flushed block is there, and each other block that the
-client wrote holds an old or a new write. ``COWFENCE_KILLS`` sets the number of rounds.
+client wrote holds an old or a new write. Where a keeper runs, every acknowledged block is there, too; every third server has
+none. ``COWFENCE_KILLS`` sets the number of rounds.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ def content(block: int, serial: int) -> bytes:
 
 
 class Account:
-    """By block: the write that was flushed last, and those issued since."""
+    """By block: the write that was promised last, and those issued since."""
 
     def __init__(self) -> None:
-        self.flushed: dict[int, int] = {}
+        self.promised: dict[int, int] = {}
         self.since: dict[int, list[int]] = {}
         self.serial = 0
 
-    def work(self, uri: str, rng: random.Random) -> None:
-        """Write, trim and flush until the server dies."""
+    def work(self, uri: str, rng: random.Random, *, kept: bool) -> None:
+        """Write and flush until the server dies. ``kept``: an acknowledgement is a promise, not only a flush."""
         try:
             with NbdDisk(uri) as client:
                 while True:
@@ -58,33 +59,42 @@ class Account:
                         for (block, serial), outcome in zip(issued, client.submit(requests), strict=True):
                             if outcome is None:
                                 answered[block] = serial
+                        if kept:
+                            self._promise(answered)
                     client.flush()
-                    for block, serial in answered.items():
-                        self.flushed[block] = serial
-                        self.since[block] = [later for later in self.since[block] if later > serial]
+                    self._promise(answered)
         except CowfenceError:
             return
+
+    def _promise(self, answered: dict[int, int]) -> None:
+        for block, serial in answered.items():
+            self.promised[block] = serial
+            self.since[block] = [later for later in self.since[block] if later > serial]
 
     def settle(self, disk: cowfence.Disk) -> None:
         """Hold the disk against the account; what it holds is the past from now on."""
         for block in range(BLOCKS):
             found = disk.read(block * BLOCK, BLOCK)
-            allowed = [self.flushed.get(block, 0), *self.since.get(block, ())]
+            allowed = [self.promised.get(block, 0), *self.since.get(block, ())]
             serial = next((serial for serial in allowed if found == content(block, serial)), None)
             assert serial is not None, f"block {block} holds {found[:32]!r}, allowed are the writes {allowed}"
-            self.flushed[block] = serial
+            self.promised[block] = serial
         self.since.clear()
 
 
-def test_killed_servers_lose_nothing_that_was_flushed(tmp_path: Path) -> None:
+def test_killed_servers_lose_nothing_that_was_promised(tmp_path: Path) -> None:
     fio = require("fio")
     image, socket = tmp_path / "disk.qcow2", tmp_path / "nbd.sock"
     cowfence.create(image, SIZE, cluster_size=4096, refcount_bits=64).close()
     account = Account()
     rng = random.Random(7)
     for number in range(KILLS):
+        kept = number % 3 != 2
         server = subprocess.Popen(
-            [*COWFENCE, "serve", str(image), "--socket", str(socket)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+            [*COWFENCE, "serve", str(image), "--socket", str(socket), *(() if kept else ("--no-keeper",))],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert server.stdout is not None
         uri = server.stdout.readline().strip()
@@ -106,7 +116,7 @@ def test_killed_servers_lose_nothing_that_was_flushed(tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        worker = threading.Thread(target=account.work, args=(uri, rng))
+        worker = threading.Thread(target=account.work, args=(uri, rng), kwargs={"kept": kept})
         worker.start()
         time.sleep(0.3 + rng.random() * 0.7)
         server.kill()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COMMANDS: Final[dict[str, str]] = {
     "check": "check an image, and repair it",
+    "crash": "judge what a crash can leave of an image",
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",
     "info": "describe an image",

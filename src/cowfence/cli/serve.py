@@ -1,4 +1,5 @@
-"""``cowfence serve``: serve one disk over NBD until SIGTERM or Ctrl-C, then commit everything and leave.
+"""``cowfence serve``: serve one disk over NBD until SIGTERM or Ctrl-C, then commit everything and leave. If it is killed, its
+keeper (``cowfence.keeper``) completes what is pending.
 
 One line on standard output, the NBD URI, says that it listens. Without ``--socket`` it listens at the loopback address only:
 NBD here has neither encryption nor passwords, so that any other address needs ``--insecure``.
@@ -43,6 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="read an image that another process writes to; needs --read-only"
+    )
+    parser.add_argument(
+        "--no-keeper",
+        action="store_true",
+        help="start no helper process; if the server is killed, what clients wrote since their last flush may be lost",
     )
     add_reference_options(parser)
     parser.add_argument("image")
@@ -120,4 +126,5 @@ def _open(arguments: argparse.Namespace) -> cowfence.Qcow2Disk | cowfence.RawDis
         commit_interval=_DEFAULT_INTERVAL_SECONDS if arguments.commit_interval is None else arguments.commit_interval,
         force_share=arguments.force_share,
         assume_backing_format=arguments.assume_backing_format,
+        keeper=not (arguments.no_keeper or arguments.read_only or arguments.cache == "unsafe" or format_name != "qcow2"),
     )

@@ -223,9 +223,8 @@ class Allocator:
         block = RefcountBlock(index, offset, geometry.refcount_bits, bytes(geometry.cluster_bytes), fresh=True)
         self._layout.claim_new(offset, 1, Kind.REFCOUNT_BLOCK)
         self._refcounts.blocks.put(block)
-        self._refcounts.table.set(index, offset)
-        self._pending.touch(block)
-        self._pending.touch(self._refcounts.table)
+        self._pending.add(block)
+        self._pending.set(self._refcounts.table, index, offset)
         self._pending.on_linked.append(lambda: self._covered(index))
         self._block_pending = True
         return block
@@ -270,7 +269,7 @@ class Allocator:
         for number in range(blocks):
             block = self._add_block(index + number, first + number)
             for at in range(min(per_block, used - number * per_block)):
-                block.set(at, 1)
+                self._pending.set(block, at, 1)
         self.never_used = max(self.never_used, first + used)
 
     def _grow_table(self, more_blocks: int = 0) -> None:
@@ -293,6 +292,7 @@ class Allocator:
         table = Table.empty(Kind.REFCOUNT_TABLE, 0, table_offset, clusters * geometry.cluster_bytes)
         table.entries[:old_length] = old.entries
         self._layout.claim_new(table_offset, clusters, Kind.REFCOUNT_TABLE)
+        self._pending.add(table, copied=old)
         self._refcounts.table = table
         self._add_self_counting(old_length, blocks, blocks + clusters)
         self._pending.patch_header(*refcount_table_patch(HostOffset(table_offset), clusters), "header.link")

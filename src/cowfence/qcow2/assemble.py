@@ -16,6 +16,7 @@ from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
 from cowfence.qcow2.extensions import Autoclear
 from cowfence.qcow2.header import Header
+from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import MetadataReader
 from cowfence.qcow2.reclaim import ClusterReclaimer
@@ -52,12 +53,19 @@ class Options:
     quarantine_bytes: int = 256 * MIB
 
 
-def assemble(storage: Storage, header: Header, backing: Disk | None, options: Options) -> State:
+_PIECE_CLUSTERS = 16384
+_PIECE_WORDS, _TABLES_WORDS = 6, 64
+"""Of the journal: what is noted for one cluster (entry, count, freed), and for the tables around it."""
+
+
+def assemble(storage: Storage, header: Header, backing: Disk | None, options: Options, journal: Journal | None = None) -> State:
     """The state of the image in ``storage``. Reads the L1 and the refcount table; raises Corrupt where the file lacks them."""
     geometry = header.geometry
     lock = threading.Lock()
     layout = Layout(storage.name, header.cluster_bits)
-    pending = Pending()
+    pending = Pending(journal=journal)
+    if journal is not None:
+        journal.expect(_PIECE_WORDS * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS)
     reader = MetadataReader(storage)
     l1 = _load(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
     refcount_table = _load(
@@ -95,6 +103,7 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
         size=header.size_bytes,
         discards=options.discards and storage.capabilities().punches_holes,
         quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
+        piece_bytes=_PIECE_CLUSTERS << header.cluster_bits,
         tickets=Tickets(lock),
     )
     reclaimer.state = state

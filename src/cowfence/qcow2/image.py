@@ -36,8 +36,9 @@ from cowfence.qcow2.header import (
     read_header,
 )
 from cowfence.qcow2.interval import IntervalCommit
+from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.mapping import RunKind, runs
-from cowfence.qcow2.read import Reads
+from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
@@ -46,16 +47,23 @@ from cowfence.units import KIB
 
 T = TypeVar("T")
 
-_LONG_READ_BYTES = 64 * KIB
 _EXTENTS_PIECE_TABLES = 4096
 """L2 tables that are looked at in one go, under the lock."""
 
 
-def open_image(storage: Storage, *, backing: Disk | None, writable: bool, options: Options | None = None) -> Qcow2Disk:
-    """Open the image in ``storage``; the disk owns it from then on, and ``backing`` too.
+def open_image(
+    storage: Storage,
+    *,
+    backing: Disk | None,
+    writable: bool,
+    options: Options | None = None,
+    journal: Journal | None = None,
+) -> Qcow2Disk:
+    """Open the image in ``storage``; the disk owns it from then on, and ``backing`` and ``journal`` too.
 
-    ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). Raises NotThisFormat,
-    Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's errors; then both stay with the caller.
+    ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). ``journal``: where a keeper
+    finds what is pending. Raises NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
+    errors; then all three stay with the caller.
     """
     if writable:
         storage.fence("open.fence")
@@ -71,14 +79,23 @@ def open_image(storage: Storage, *, backing: Disk | None, writable: bool, option
 
             rebuild_dirty(storage)
             header = read_header(storage)
-    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options())
+    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options(), journal=journal)
 
 
 class Qcow2Disk:
     """A guest's disk in a qcow2 image. Thread-safe; belongs to the process that opened it."""
 
-    def __init__(self, storage: Storage, header: Header, backing: Disk | None, *, writable: bool, options: Options) -> None:
-        self._state = state = assemble(storage, header, backing, options)
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        backing: Disk | None,
+        *,
+        writable: bool,
+        options: Options,
+        journal: Journal | None = None,
+    ) -> None:
+        self._state = state = assemble(storage, header, backing, options, journal)
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
@@ -231,7 +248,8 @@ class Qcow2Disk:
         self._settle()
         at = 0
         while at < len(view):
-            at += self._mutate(lambda wait, at=at: self._writes.write(offset + at, view[at:], wait=wait))  # type: ignore[misc]
+            piece = view[at : at + self._state.piece_bytes]
+            at += self._mutate(lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait))  # type: ignore[misc]
         self._acknowledge(fua)
 
     def zero(self, offset: int, length_bytes: int, *, unmap: bool = True, fua: bool = False) -> None:
@@ -354,6 +372,8 @@ class Qcow2Disk:
                 outcomes.append(BLOCKED)
             if later and inline_writes:
                 later = self._allocate_inline(requests, outcomes, later)
+                if state.pending.notes:
+                    state.pending.publish()
         if self._interval is not None and committer.data_written:
             self._interval.start()
         for index in later:
@@ -363,7 +383,7 @@ class Qcow2Disk:
     def _allocate_inline(self, requests: Sequence[Request], outcomes: list[Outcome], later: list[int]) -> list[int]:
         """Writes inside one L2 table that neither wait nor need a commit, under the lock that is held already."""
         rest: list[int] = []
-        write, size, shift = Verb.WRITE, self._state.size, self._state.geometry.l1_shift
+        write, size, shift, piece_bytes = Verb.WRITE, self._state.size, self._l1_shift, self._state.piece_bytes
         for index in later:
             verb, offset, _, data, fua, _ = requests[index]
             length_bytes = len(data)
@@ -371,7 +391,7 @@ class Qcow2Disk:
             if (
                 verb is write
                 and not fua
-                and length_bytes
+                and 0 < length_bytes <= piece_bytes
                 and offset >= 0
                 and end <= size
                 and offset >> shift == end - 1 >> shift
@@ -394,7 +414,7 @@ class Qcow2Disk:
         try:
             if verb is Verb.READ:
                 self._check_range(offset, length_bytes)
-                buffer = _unfilled(length_bytes)
+                buffer = unfilled(length_bytes)
                 self._reads.read_into(offset, memoryview(buffer), wait=wait)
                 return buffer
             if verb is Verb.FLUSH:
@@ -439,6 +459,7 @@ class Qcow2Disk:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
                 else:
                     done = self._zeroes.discard(offset, length_bytes, wait=False)
+                self._state.pending.publish()
             except (Cold, NeedsCommit, NoSpace):
                 return False
         if self._interval is not None:
@@ -460,7 +481,10 @@ class Qcow2Disk:
             with state.lock:
                 check()
                 try:
-                    return plan(attempts > 3)
+                    result = plan(attempts > 3)
+                    if state.pending.notes:
+                        state.pending.publish()
+                    return result
                 except Cold as cold:
                     satisfy: Callable[[], object] = cold.warm
                 except NeedsCommit as need:
@@ -530,14 +554,21 @@ class Qcow2Disk:
                 if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")
         finally:
-            self._state.storage.close()
-            if self._state.backing is not None:
-                self._state.backing.close()
+            try:
+                if self._state.pending.journal is not None:
+                    # Before the file is unlocked: the keeper must not touch what others may hold.
+                    self._state.pending.journal.close()
+            finally:
+                self._state.storage.close()
+                if self._state.backing is not None:
+                    self._state.backing.close()
 
     def _disown(self) -> None:
         """In a forked child: every call raises from now on, and nothing is written or unlocked."""
         self._unready, self._size = Closed(f"{self._state.storage.name}: the disk belongs to the process that opened it"), -1
         self._interval = None
+        if self._state.pending.journal is not None:
+            self._state.pending.journal.disown()
 
     # Checks
 
@@ -556,15 +587,6 @@ class Qcow2Disk:
             raise ReadOnly(f"{self._state.storage.name}: the image is open read-only")
         if self._committer.broken is not None:
             raise self._committer.broken.with_traceback(None)
-
-
-def _unfilled(length_bytes: int) -> bytearray | memoryview:
-    """A buffer that a read is about to fill. A long one is not cleared first: that would cost a quarter of the read."""
-    if length_bytes < _LONG_READ_BYTES:
-        return bytearray(length_bytes)
-    import numpy as np
-
-    return np.empty(length_bytes, np.uint8).data
 
 
 _LIVE: weakref.WeakSet[Qcow2Disk] = weakref.WeakSet()

@@ -74,5 +74,4 @@ class Refcounts:
         for cluster in range(first, first + count):
             block = self.blocks.tables[cluster >> self._shift]
             at = cluster & self._mask
-            block.set(at, block.get(at) + 1)
-            self._pending.changed[block.offset] = block
+            self._pending.set(block, at, block.get(at) + 1)

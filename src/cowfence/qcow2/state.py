@@ -83,6 +83,8 @@ class State:
     """Host space of what the guest discarded is given back to the host."""
     quarantine_limit: int
     """Clusters that may wait for their release before an operation commits on its own."""
+    piece_bytes: int
+    """The most that an operation changes in one go, so that what it notes for a keeper is bounded."""
     tickets: Tickets
 
     def l2_table(self, l1_index: int, *, wait: bool, cached: bool) -> Table | None:
@@ -132,6 +134,12 @@ class State:
         return guest_offset >= self.backing_bytes
 
     def check_room(self) -> None:
-        """Raise NeedsCommit when too many clusters wait for their release, or too many refcount blocks for a commit."""
-        if self.pending.freed_clusters > self.quarantine_limit or not self.refcounts.blocks.room_for(0):
+        """Raise NeedsCommit when too many clusters wait for their release, too many refcount blocks for a commit, or too many
+        notes for the keeper."""
+        pending = self.pending
+        if (
+            pending.freed_clusters > self.quarantine_limit
+            or not self.refcounts.blocks.room_for(0)
+            or (pending.journal is not None and len(pending.notes or ()) > pending.journal.room_words)
+        ):
             raise NeedsCommit

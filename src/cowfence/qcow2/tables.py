@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 from array import array
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from cowfence.qcow2.journal import PLACE_BITS
 from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -38,16 +39,25 @@ class Kind(Enum):
     BITMAPS = "bitmap directory"
 
 
+KIND_NUMBERS: Final = {Kind.L1: 1, Kind.L2: 2, Kind.REFCOUNT_TABLE: 3, Kind.REFCOUNT_BLOCK: 4}
+"""How the journal names the kinds of tables: see ``cowfence.qcow2.journal``."""
+
+
 class Table:
     """A table of 64-bit entries (L1, L2 or refcount table) at ``offset`` of the file."""
 
-    __slots__ = ("dirty", "entries", "fresh", "frozen", "index", "kind", "offset", "used")
+    __slots__ = ("dirty", "entries", "fresh", "frozen", "index", "kind", "offset", "place", "used")
+
+    bits = 64
+    """Of an entry."""
 
     def __init__(self, kind: Kind, index: int, offset: int, entries: array[int], *, fresh: bool = False) -> None:
         self.kind = kind
         self.index = index
         """L2: the entry of L1 that leads here. L1 and refcount table: 0."""
         self.offset = offset
+        self.place = KIND_NUMBERS[kind] << PLACE_BITS | offset << 3
+        """The journal's word for the first entry; for entry ``n`` it is ``n * bits`` more."""
         self.entries = entries
         self.dirty: set[int] = set()
         """Sectors changed since the last freeze."""
@@ -82,6 +92,10 @@ class Table:
         self.dirty.add(index >> 6)
 
     @property
+    def length_bytes(self) -> int:
+        return len(self.entries) * 8
+
+    @property
     def pinned(self) -> bool:
         """True if the cache must keep it: what is here is not on disk yet."""
         return bool(self.dirty) or self.frozen or self.fresh
@@ -114,7 +128,7 @@ class RefcountBlock:
     Widths under a byte are packed from the least significant bit on (specification, "Refcount block entry").
     """
 
-    __slots__ = ("_counts", "bits", "dirty", "fresh", "frozen", "index", "offset", "used")
+    __slots__ = ("_counts", "bits", "dirty", "fresh", "frozen", "index", "length_bytes", "offset", "place", "used")
 
     kind = Kind.REFCOUNT_BLOCK
 
@@ -122,7 +136,9 @@ class RefcountBlock:
         self.index = index
         """The entry of the refcount table that leads here."""
         self.offset = offset
+        self.place = KIND_NUMBERS[Kind.REFCOUNT_BLOCK] << PLACE_BITS | offset << 3
         self.bits = bits
+        self.length_bytes = len(data)
         self._counts: Any
         if bits < 8:
             self._counts = bytearray(data)

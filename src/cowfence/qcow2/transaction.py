@@ -29,8 +29,9 @@ from threading import Condition, Lock
 from typing import NamedTuple, Protocol
 
 from cowfence.errors import CowfenceError, ReadOnly
+from cowfence.qcow2.journal import COPY, FREED, FRESH, PLACE_BITS, Journal, header_notes
 from cowfence.qcow2.layout import Layout
-from cowfence.qcow2.tables import AnyTable, Kind
+from cowfence.qcow2.tables import KIND_NUMBERS, AnyTable, Kind
 from cowfence.storage.base import Storage
 from cowfence.units import SECTOR_BYTES
 
@@ -85,6 +86,8 @@ class Frozen:
     sectors: dict[int, tuple[AnyTable, set[int]]]
     """What each table had dirty, by the table's offset: to take the transaction back if it fails before its end."""
     header: list[Change]
+    generation: int
+    """The journal's name for it; 0 without a journal."""
 
     def stage(self, stage: Stage) -> list[Change]:
         return [change for change in self.changes if change.stage is stage]
@@ -100,6 +103,14 @@ class Pending:
     freed: list[Freed] = field(default_factory=list)
     freed_clusters: int = 0
     on_linked: list[Callable[[], None]] = field(default_factory=list)
+    journal: Journal | None = None
+    """Where the keeper finds it all, too. None: there is no keeper."""
+    notes: list[int] | None = None
+    """For the journal, and not in it yet: see ``publish``. None without a journal."""
+
+    def __post_init__(self) -> None:
+        if self.journal is not None:
+            self.notes = []
 
     def __bool__(self) -> bool:
         return bool(self.changed or self.header or self.freed)
@@ -108,15 +119,43 @@ class Pending:
         """``table`` has dirty sectors, or is fresh."""
         self.changed[table.offset] = table
 
+    def set(self, table: AnyTable, index: int, value: int) -> None:
+        """Change an entry or a count."""
+        table.set(index, value)
+        self.changed[table.offset] = table
+        notes = self.notes
+        if notes is not None:
+            notes.append(table.place + index * table.bits)
+            notes.append(value)
+
+    def add(self, table: AnyTable, copied: AnyTable | None = None) -> None:
+        """Enter a fresh table before its entries are changed: all zeros, or it begins as ``copied`` does."""
+        self.touch(table)
+        if self.notes is not None:
+            tag = FRESH if copied is None else COPY
+            self.notes += (tag << PLACE_BITS | table.offset << 3, table.length_bytes << 8 | KIND_NUMBERS[table.kind])
+            if copied is not None:
+                self.notes += (copied.place, copied.length_bytes)
+
     def free(self, first: int, count: int = 1, *, discard: bool = False, table: bool = False) -> None:
         """``count`` host clusters lose one reference each, once what unlinks them is durable. See ``Freed``."""
         self.freed.append(Freed(first, count, discard, table))
         self.freed_clusters += count
+        if self.notes is not None:
+            self.notes += (FREED << PLACE_BITS | first, count << 1 | table)
 
     def patch_header(self, offset: int, data: bytes, mark: str) -> None:
         """Change header bytes within sector 0, in LINK."""
         assert offset + len(data) <= SECTOR_BYTES
         self.header.append(Change(Stage.LINK, 0, offset, data, mark, Kind.HEADER))
+        if self.notes is not None:
+            self.notes += header_notes(offset, data)
+
+    def publish(self) -> None:
+        """Show the keeper what was done: after the data calls have returned, before anything is acknowledged."""
+        if self.journal is not None and self.notes:
+            self.journal.publish(self.notes)
+            self.notes.clear()
 
     def changes(self) -> list[Change]:
         """The whole as a list of changes, in the order of the stages. RECLAIM's bytes exist only once LINK is durable."""
@@ -134,6 +173,7 @@ class Pending:
 
     def freeze(self) -> Frozen:
         """Fix the list of changes; what comes after belongs to the next transaction."""
+        self.publish()
         tables = list(self.changed.values())
         frozen = Frozen(
             changes=self.changes(),
@@ -143,6 +183,7 @@ class Pending:
             on_linked=self.on_linked,
             sectors={table.offset: (table, table.dirty) for table in tables},
             header=self.header,
+            generation=0 if self.journal is None else self.journal.next_generation(),
         )
         for table in tables:
             table.dirty = set()
@@ -214,6 +255,7 @@ class Committer:
         self._layout = layout
         self._lock = lock
         self._pending = pending
+        self._journal = pending.journal
         self._reclaimer = reclaimer
         self._turn = Condition(lock)
         self._running = False
@@ -296,8 +338,10 @@ class Committer:
             with self._lock:
                 self._pending.take_back(frozen, link_begun=link_begun)
             raise
-        # RECLAIM: nothing on disk leads to the old clusters any more.
+        # RECLAIM: nothing on disk leads to the old clusters any more. The keeper hears of it before anybody can use them.
         with self._lock:
+            if self._journal is not None:
+                self._journal.retire(frozen.generation)
             for table in frozen.tables:
                 table.frozen = False
             for table in frozen.fresh:
@@ -311,14 +355,21 @@ class Committer:
     def _fence(self, mark: str) -> None:
         if self._unsafe:
             return
+        journal = self._journal
+        if journal is not None:
+            journal.fence_begins()
         try:
             self._storage.fence(mark)
         except CowfenceError as failure:
+            if journal is not None:
+                journal.fence_failed()
             with self._lock:
                 self.broken = ReadOnly(
                     f"{self._storage.name}: a fence failed ({failure}); the image is read-only until it is opened again"
                 )
             raise
+        if journal is not None:
+            journal.fence_ended()
         self.fences += 1
         self.unfenced_reclaim = False
 

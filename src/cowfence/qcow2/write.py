@@ -176,11 +176,10 @@ class Writes:
         for target in targets:
             if target.old is None:
                 continue
-            table.set(target.l2_index, target.host | COPIED)
+            pending.set(table, target.l2_index, target.host | COPIED)
             if target.reserved:
                 state.refcounts.increment(target.host >> bits)
                 free_entry(state, *target.old, discard=False)
-        pending.touch(table)
 
 
 class LinkHome:
@@ -222,15 +221,15 @@ class LinkHome:
         offset = self._cluster << state.geometry.cluster_bits
         if self._table is None:
             table = Table.empty(Kind.L2, self._l1_index, offset, state.geometry.cluster_bytes)
+            state.pending.add(table)
         else:
             table = Table(Kind.L2, self._l1_index, offset, array("Q", self._table.entries), fresh=True)
+            state.pending.add(table, copied=self._table)
             state.pending.free(self._table.offset >> state.geometry.cluster_bits, table=True)
         state.layout.claim_new(offset, 1, Kind.L2)
         state.refcounts.increment(self._cluster)
         state.l2.put(table)
-        state.pending.touch(table)
-        state.l1.set(self._l1_index, offset | COPIED)
-        state.pending.touch(state.l1)
+        state.pending.set(state.l1, self._l1_index, offset | COPIED)
         return table
 
 
@@ -251,7 +250,7 @@ def grow_l1(state: State, *, wait: bool) -> None:
     table.entries[: len(old.entries)] = old.entries
     state.layout.claim_new(offset, clusters, Kind.L1)
     state.refcounts.increment(run.first, clusters)
-    state.pending.touch(table)
+    state.pending.add(table, copied=old)
     entries = geometry.l1_entries_for(state.size)
     state.pending.patch_header(*l1_patch(HostOffset(offset), entries), "header.link")
     if old.offset:

@@ -68,7 +68,7 @@ class Zeroes:
         geometry = state.geometry
         bits = geometry.cluster_bits
         l1_index = offset >> geometry.l1_shift
-        length_bytes = min(length_bytes, ((l1_index + 1) << geometry.l1_shift) - offset)
+        length_bytes = min(length_bytes, ((l1_index + 1) << geometry.l1_shift) - offset, state.piece_bytes)
         if state.l2_offset(l1_index) is None and l1_index not in state.l2.tables and state.reads_zero_below(offset):
             return length_bytes
         table = state.l2_table(l1_index, wait=wait, cached=True)
@@ -114,6 +114,5 @@ class Zeroes:
             home.take(state.allocator.reserve(1, wait=wait)[0].first)
         table = home()
         for l2_index, entry, kind, old in changes:
-            table.set(l2_index, entry)
+            state.pending.set(table, l2_index, entry)
             free_entry(state, kind, old, discard=discard)
-        state.pending.touch(table)

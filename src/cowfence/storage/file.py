@@ -366,7 +366,9 @@ class FileStorage:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"{self.name}: storage was never closed", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            # Not unlocked by hand: a keeper that shares the lock has work to do before anybody else may open the file.
+            with suppress(OSError):
+                os.close(self._fd)
 
     def _negative(self, offset: int) -> Invalid:
         # Asked in every call, because the host does not refuse it: to preadv2, offset -1 means the descriptor's position.

@@ -20,6 +20,11 @@ writer against reader; readers coexist; a reader that forces goes beside a write
 The locks are of the open file description: they end when its last descriptor closes, in whichever process that is. This is
 what lets the keeper hold a dead writer's lock. It also means that an explicit unlock in a forked child would unlock the
 parent; so a lock remembers who took it, and releases nothing in any other process.
+
+Whoever meets a lock wants to know if it is worth waiting. Two bytes more, which QEMU does not look at, tell: a keeper holds a
+read lock on ``KEEPER_BYTE`` for as long as it lives, and a writer that has a keeper holds one on ``WRITER_BYTE``, by a
+description of its own that nobody shares. The first held without the second is a keeper at work for a dead writer: an opener
+waits for it, up to ``KEEPER_SECONDS``. In every other case it is refused at once.
 """
 
 from __future__ import annotations
@@ -28,12 +33,18 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from enum import IntFlag
+from typing import Final
 
 from cowfence.errors import CowfenceError, Invalid, Locked, from_os_error
 
 _USED_BASE = 100
 _UNSHARED_BASE = 200
+KEEPER_BYTE: Final = 300
+WRITER_BYTE: Final = 301
+KEEPER_SECONDS: Final = 10.0
+_RETRY_SECONDS = 0.02
 _FLOCK = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -74,9 +85,27 @@ class ImageLock:
         """Lock the file open at ``fd`` (which must be open for reading) against others, by the table above.
 
         ``writable`` asks for the writer's lock; the descriptor itself may be read-only (a file about to be replaced).
-        Raises ``Locked`` where another user conflicts, ``Invalid`` for a writer that would force sharing, and
-        ``StorageFailed`` where the filesystem has no such locks.
+        Waits for the keeper of a dead writer. Raises ``Locked`` where another user conflicts, ``Invalid`` for a writer that
+        would force sharing, and ``StorageFailed`` where the filesystem has no such locks.
         """
+        try:
+            return cls._acquire(fd, name, writable=writable, force_share=force_share)
+        except Locked:
+            deadline = time.monotonic() + KEEPER_SECONDS
+        while True:
+            # Asked before the lock is tried: a keeper that ends in between has left the lock free.
+            works = keeper_works(fd)
+            try:
+                return cls._acquire(fd, name, writable=writable, force_share=force_share)
+            except Locked:
+                if not works:
+                    raise
+                if time.monotonic() > deadline:
+                    raise Locked(name, "the keeper of a killed process still completes its writes; try again later") from None
+            time.sleep(_RETRY_SECONDS)
+
+    @classmethod
+    def _acquire(cls, fd: int, name: str, *, writable: bool, force_share: bool) -> ImageLock:
         if writable and force_share:
             raise Invalid(f"{name}: force-share is for reading only")
         used = _WRITER if writable else Permission.CONSISTENT_READ
@@ -113,11 +142,47 @@ class ImageLock:
         """The first permission that another user withholds from us or uses against our will."""
         for base, bits in ((_UNSHARED_BASE, used), (_USED_BASE, unshared)):
             for bit in _LOCKED_BITS:
-                if bit & bits:
-                    answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, _byte(base, bit)))
-                    if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-                        return bit
+                if bit & bits and _is_held(self._fd, _byte(base, bit)):
+                    return bit
         return None
+
+
+def hold_byte(fd: int, byte: int) -> None:
+    """Hold a read lock on ``byte`` until the last descriptor of this description closes. Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+
+
+def _is_held(fd: int, byte: int) -> bool:
+    """True if any other description than that of ``fd`` holds a lock on ``byte``."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def keeper_works(fd: int) -> bool:
+    """True if a keeper works on the file open at ``fd`` for a writer that is dead."""
+    return _is_held(fd, KEEPER_BYTE) and not _is_held(fd, WRITER_BYTE)
+
+
+def holds_writers_lock(shared: int, own: int) -> bool:
+    """True if the description of ``shared`` holds the writer's lock, so that nobody else may write to the file.
+
+    ``own`` is another description of the file. The two see each other's locks, and neither its own.
+    """
+    byte = _byte(_USED_BASE, Permission.WRITE)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        if _is_held(own, byte) and not _is_held(shared, byte):
+            return True
+        # Somebody who tries to open the file holds the byte, too, for an instant, before he sees that he may not.
+        time.sleep(_RETRY_SECONDS)
+    return False
+
+
+def release_all(fd: int) -> None:
+    """Release every image lock of the description of ``fd``, whoever took it: the keeper's end of a dead writer's lock."""
+    for base in (_USED_BASE, _UNSHARED_BASE):
+        for bit in _LOCKED_BITS:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, _byte(base, bit)))
 
 
 def _refusal(name: str, conflict: Permission, *, writable: bool) -> CowfenceError:

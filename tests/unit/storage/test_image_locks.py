@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 import judges
 from cowfence.errors import Invalid, Locked
+from cowfence.storage import locks
 from cowfence.storage.file import FileStorage
 
 
@@ -201,3 +203,50 @@ def test_an_inherited_descriptor_keeps_a_dead_writers_lock(image: Path) -> None:
     assert not may_open(image, writable=True)
     inherited.close()
     assert may_open(image, writable=True)
+
+
+def test_a_keeper_works_when_it_lives_and_its_writer_does_not(image: Path) -> None:
+    keeper, writer, other = (os.open(image, os.O_RDWR) for _ in range(3))
+    assert not locks.keeper_works(other)
+    locks.hold_byte(writer, locks.WRITER_BYTE)
+    locks.hold_byte(keeper, locks.KEEPER_BYTE)
+    assert not locks.keeper_works(other)
+    os.close(writer)
+    assert locks.keeper_works(other)
+    os.close(keeper)
+    assert not locks.keeper_works(other)
+    os.close(other)
+
+
+def test_an_opener_waits_for_a_working_keeper_and_for_nobody_else(image: Path) -> None:
+    writer = FileStorage.open(image, writable=True)
+    began = time.monotonic()
+    assert not may_open(image, writable=False)
+    assert time.monotonic() - began < 0.5
+    keeper = os.open(image, os.O_RDWR)
+    locks.hold_byte(keeper, locks.KEEPER_BYTE)
+
+    def end() -> None:
+        time.sleep(0.3)
+        locks.release_all(writer.fileno())
+        os.close(keeper)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert may_open(image, writable=True)
+    assert time.monotonic() - began > 0.3
+    thread.join()
+    writer.close()
+
+
+def test_whose_lock_it_is(image: Path) -> None:
+    shared = FileStorage.open(image, writable=True)
+    own = os.open(image, os.O_RDWR)
+    assert locks.holds_writers_lock(shared.fileno(), own)
+    locks.release_all(shared.fileno())
+    assert not locks.holds_writers_lock(shared.fileno(), own)
+    successor = FileStorage.open(image, writable=True)
+    assert not locks.holds_writers_lock(shared.fileno(), own)
+    successor.close()
+    shared.close()
+    os.close(own)

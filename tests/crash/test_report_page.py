@@ -1,0 +1,117 @@
+"""The report in a real browser: it loads without a complaint, its rows open, and the keyboard is enough."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+import judges
+from cowfence.crash.report import Report, write_report
+from crash import report_samples
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[WebDriver]:
+    options = Options()
+    options.binary_location = judges.require("chromium")
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(judges.require("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def load(browser: WebDriver, folder: Path, report: Report, fragment: str = "") -> None:
+    path = folder / "report.html"
+    write_report(report, path)
+    browser.get("about:blank")
+    browser.get(path.as_uri() + fragment)
+
+
+def one(browser: WebDriver, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def complaints(browser: WebDriver) -> str:
+    return json.dumps(browser.get_log("browser"))  # type: ignore[no-untyped-call]
+
+
+def is_open(browser: WebDriver, selector: str) -> bool:
+    return one(browser, selector).get_attribute("open") is not None
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("sample", ["clean", "broken", "hostile"])
+def test_it_loads_without_a_complaint_and_fits(browser: WebDriver, tmp_path: Path, sample: str, width: int) -> None:
+    browser.set_window_size(width, 1000)
+    load(browser, tmp_path, getattr(report_samples, sample)())
+    assert complaints(browser) == "[]"
+    assert browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert browser.title != "taken"
+    assert (
+        one(browser, ".verdict").text == {"clean": "No violation", "broken": "3 violations", "hostile": "1 violation"}[sample]
+    )
+
+
+def test_a_violation_opens_by_click_by_key_and_by_address(browser: WebDriver, tmp_path: Path) -> None:
+    load(browser, tmp_path, report_samples.broken(), "#open=2")
+    assert [is_open(browser, f"#v{number}") for number in (1, 2, 3)] == [False, True, False]
+    assert one(browser, "#v2 .replay pre").text.startswith("cowfence crash replay")
+    one(browser, "#v1 > summary").click()
+    assert is_open(browser, "#v1")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#v1 .cells i")) == 128
+    one(browser, "#v3 > summary").send_keys(Keys.ENTER)
+    assert is_open(browser, "#v3")
+    one(browser, '[data-all="close"]').click()
+    assert not any(is_open(browser, f"#v{number}") for number in (1, 2, 3))
+    one(browser, ".flags a").send_keys(Keys.ENTER)
+    browser.execute_async_script("setTimeout(arguments[0], 50)")
+    assert is_open(browser, "#v1")
+    assert complaints(browser) == "[]"
+
+
+def test_the_arrow_keys_walk_through_the_log(browser: WebDriver, tmp_path: Path) -> None:
+    report = report_samples.broken()
+    load(browser, tmp_path, report)
+    plane, readout = one(browser, ".plane"), one(browser, ".readout")
+    plane.send_keys(Keys.HOME)
+    assert readout.text.startswith("0 open.fence")
+    plane.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert readout.text.startswith(f"2 {report.runs[0].entries[2].mark}")
+    plane.send_keys(Keys.END)
+    assert readout.text.startswith("599 ")
+
+
+def test_a_violation_leads_to_its_place_in_the_time_line(browser: WebDriver, tmp_path: Path) -> None:
+    load(browser, tmp_path, report_samples.broken(5000), "#open=2")
+    one(browser, "#v2 [data-run]").click()
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert one(browser, ".readout").text.startswith("2500 ")
+    assert int(str(one(browser, ".scroll").get_property("scrollLeft"))) > 1000
+
+
+def test_zoom_and_the_table_of_the_log(browser: WebDriver, tmp_path: Path) -> None:
+    load(browser, tmp_path, report_samples.broken())
+    plane = one(browser, ".plane")
+    before = plane.size["width"]
+    one(browser, '[data-zoom="in"]').click()
+    assert plane.size["width"] == pytest.approx(2 * before, abs=2)
+    one(browser, '[data-zoom="fit"]').click()
+    assert plane.size["width"] == pytest.approx(one(browser, ".scroll").size["width"], abs=2)
+    one(browser, ".text > summary").click()
+    browser.execute_async_script("setTimeout(arguments[0], 100)")
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".text tbody tr")) == 600
+    assert complaints(browser) == "[]"
