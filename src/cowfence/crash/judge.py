@@ -5,8 +5,9 @@ and go on working on another. All of it is deterministic and reads the state's b
 So the looks form a tree: which unit is read next depends only on the bytes read before. A state that takes the same way through
 the tree as one before it, down to the leaf, shares what was seen there, exactly: what it differs in else was never read.
 
-Units that hold nothing but plain data of the guest are no branches of the tree: their bytes decide nothing, they only pass through
-to the guest. The look has verified that the guest reads them; a state that shares the leaf has its own bytes put in their places.
+Units that hold nothing but plain data of the guest are no branches of the tree: their bytes decide nothing, they only pass
+through to the guest. The look has verified that the guest reads them; a state that shares the leaf has its own bytes put in
+their places.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cowfence.crash.structure import Structure, inspect
 from cowfence.disk.base import Disk
 from cowfence.errors import CowfenceError
 from cowfence.qcow2.repair import Mode, repair
-from cowfence.storage.base import Storage, WritableBuffer
+from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.storage.memory import MemoryStorage
 from cowfence.units import SECTOR_BYTES
 
@@ -81,21 +82,35 @@ class _Leaf:
 
 
 class _Tracked(MemoryStorage):
-    """A file of a state that notes, unit by unit in order, what is read of it."""
+    """A file of a state that notes, unit by unit in order, what is read of it. Units that were written over whole (``own``)
+    hold nothing of the state any more."""
 
-    __slots__ = ("_file", "_order", "_unit_bytes")
+    __slots__ = ("_file", "_order", "_unit_bytes", "own")
 
-    def __init__(self, content: bytes, file: str, order: dict[Unit, None], unit_bytes: int, *, writable: bool) -> None:
+    def __init__(
+        self, content: bytes, file: str, order: dict[Unit, None], unit_bytes: int, own: set[int], *, writable: bool
+    ) -> None:
         super().__init__(content, name=file, writable=writable)
         self._file = file
         self._order = order
         self._unit_bytes = unit_bytes
+        self.own = own
 
     def touch(self, offset: int, length_bytes: int) -> None:
         if length_bytes > 0:
-            order, file = self._order, self._file
+            order, file, own = self._order, self._file, self.own
             for number in range(offset // self._unit_bytes, (offset + length_bytes - 1) // self._unit_bytes + 1):
-                order.setdefault((file, number))
+                if number not in own:
+                    order.setdefault((file, number))
+
+    def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        end = offset + sum(len(buffer) for buffer in buffers)
+        self.own.update(range(-(-offset // self._unit_bytes), end // self._unit_bytes))
+        super().writev(offset, buffers, mark)
+
+    def discard(self, offset: int, length_bytes: int, mark: str) -> None:
+        self.own.update(range(-(-offset // self._unit_bytes), (offset + length_bytes) // self._unit_bytes))
+        super().discard(offset, length_bytes, mark)
 
     def readv(self, offset: int, buffers: Sequence[WritableBuffer], *, wait: bool = True) -> int:
         self.touch(offset, sum(len(buffer) for buffer in buffers))
@@ -155,12 +170,15 @@ class Judge:
         subject = self._subject
         seen = Seen()
 
-        def files(*, writable: bool, image: bytes | None = None) -> dict[str, _Tracked]:
-            whole = contents if image is None else {**contents, subject.image: image}
-            return {
-                file: _Tracked(content, file, order, self._unit_bytes, writable=writable and file == subject.image)
-                for file, content in whole.items()
-            }
+        def files(*, writable: bool, after: _Tracked | None = None) -> dict[str, _Tracked]:
+            """The files anew; ``after``: the image as it was left."""
+            made = {}
+            for file, content in contents.items():
+                mine = file == subject.image
+                own = after.own if after is not None and mine else set()
+                whole = after.snapshot() if after is not None and mine else content
+                made[file] = _Tracked(whole, file, order, self._unit_bytes, own, writable=writable and mine)
+            return made
 
         reading = files(writable=False)
         seen.structure = inspect(contents[subject.image], reading[subject.image].touch)
@@ -250,13 +268,12 @@ def _lived_on(subject: Subject, files: MakeFiles, seen: Seen, guest: bytes) -> l
             expected[place : place + SECTOR_BYTES] = data
         disk.flush()
         disk.close()
-        content = image.snapshot()
-        after = inspect(content, image.touch)
+        after = inspect(image.snapshot(), image.touch)
         if after.findings:
             return [("C10", f"after more writes: {after.findings[0].text}")]
         if after.facts != seen.structure.facts:
             return [("C10", "more writes change the image's facts or snapshots")]
-        if _read(subject, files(writable=False, image=content)) != bytes(expected):
+        if _read(subject, files(writable=False, after=image)) != bytes(expected):
             return [("C10", "after more writes the guest does not read what it wrote")]
     except CowfenceError as error:
         return [("C10", f"it cannot be worked on: {error}")]

@@ -14,7 +14,7 @@ from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.findings import Collector, Finding, Grade, Problem
 from cowfence.qcow2.geometry import OFFSET_MASK, TABLE_ENTRY_BYTES, Geometry
 from cowfence.storage.base import Storage, read_padded
-from cowfence.units import MIB, align_up, div_up
+from cowfence.units import div_up
 
 Words = NDArray[np.uint64]
 Clusters = NDArray[np.int64]
@@ -22,25 +22,15 @@ Counts = NDArray[Any]
 Flags = NDArray[np.bool_]
 
 LITTLE_ENDIAN: Final = sys.byteorder == "little"
-_WHOLE_BYTES: Final = 1 * MIB
-"""Files up to this size are read whole."""
 
 
 class ImageFile:
     """Reads of the image file; what lies past its end reads as zeros."""
 
-    def __init__(self, storage: Storage, size_bytes: int, cluster_bytes: int) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self.whole: NDArray[np.uint8] | None = None
-        if size_bytes <= _WHOLE_BYTES:
-            self.whole = np.zeros(align_up(size_bytes, cluster_bytes), np.uint8)
-            storage.readv(0, (self.whole.data[:size_bytes],))
 
     def bytes_at(self, offset: int, length_bytes: int) -> NDArray[np.uint8]:
-        if self.whole is not None:
-            part = self.whole[offset : offset + length_bytes]
-            if len(part) == length_bytes:
-                return part
         data = np.empty(length_bytes, np.uint8)
         read_padded(self._storage, offset, data.data)
         return data
@@ -49,10 +39,7 @@ class ImageFile:
         return self.bytes_at(offset, count * TABLE_ENTRY_BYTES).view(">u8").astype(np.uint64)
 
     def clusters(self, clusters: Clusters, bits: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The bytes of some clusters, one row for each; neighbours are read in one call. Large files: into ``buffer``."""
-        if self.whole is not None:
-            rows: NDArray[np.uint8] = self.whole.reshape(-1, 1 << bits)[clusters]
-            return rows
+        """The bytes of some clusters, one row for each, in ``buffer``; neighbours are read in one call."""
         rows = buffer[: len(clusters) << bits].reshape(-1, 1 << bits)
         view = buffer.data
         for start, stop in runs_of(clusters):

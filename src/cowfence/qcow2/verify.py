@@ -7,8 +7,7 @@ cannot be read, a feature that is unknown, and a failing host raise.
 The order: the structures (header, tables, snapshots, bitmaps), each a run of clusters with one reference; the refcount blocks,
 into one array; the L2 tables (``verify_l2``); then stored counts against references, and structures that share a cluster.
 
-Memory is 4 bytes or so for each cluster that the file has, never for what the file claims to refer to. A small file is read
-whole, once: the crash explorer verifies images of 60 clusters many times a second.
+Memory is 4 bytes or so for each cluster that the file has, never for what the file claims to refer to.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class _Surveyor:
         if census.clusters > _MAX_CLUSTERS:
             raise Unsupported(storage.name, f"a check of an image file of {census.clusters} clusters (at most {_MAX_CLUSTERS})")
         self.geometry = census.geometry
-        self.file = ImageFile(storage, census.size, census.cluster_bytes)
+        self.file = ImageFile(storage)
         self.claims = Claims()
         self.singles: list[tuple[int, int]] = []
         """Runs of clusters (first, stop) with one reference each; counted when the type of the counts is known."""
@@ -358,10 +357,6 @@ class _Surveyor:
     def _load_blocks(self, index: Clusters, blocks: Clusters) -> None:
         bits, cluster_bits, per_block = self.geometry.refcount_bits, self.census.bits, self.geometry.refcounts_per_block
         rows = self.census.stored.reshape(-1, per_block)
-        if self.file.whole is not None:
-            raw = self.file.clusters(blocks, cluster_bits, self.file.whole)
-            rows[index] = raw.view(f">u{bits // 8}") if bits >= 8 else counts_view(raw, bits).reshape(-1, per_block)
-            return
         packed = np.empty(self.geometry.cluster_bytes if bits < 8 else 0, np.uint8)
         for at, block in zip(index.tolist(), blocks.tolist(), strict=True):
             if bits < 8:

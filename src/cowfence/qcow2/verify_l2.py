@@ -73,7 +73,7 @@ class L2Judge:
         self._raw = bytearray()
         self._ramp: Words | None = None
         self._scratch_raw = bytearray()
-        if file.whole is None and len(tables.clusters):
+        if len(tables.clusters):
             self._raw = bytearray(min(self._tables_per_piece, len(tables.clusters)) << census.bits)
             if self._single and self._all_active and not geometry.extended_l2 and not has_data_file:
                 self._ramp = np.arange(geometry.l2_entries, dtype=np.uint64) << np.uint64(census.bits)
@@ -109,7 +109,7 @@ class L2Judge:
 
     def _decoded(self, raw: NDArray[np.uint8]) -> tuple[Words, Words | None]:
         words: Words
-        if self._file.whole is None and LITTLE_ENDIAN:
+        if LITTLE_ENDIAN:
             words = raw.view(np.uint64).byteswap(inplace=True)
         else:
             words = raw.view(">u8").astype(np.uint64)
