@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from cowfence.crash.cases import parse_case
 from cowfence.qcow2 import transaction
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.image import Qcow2Disk
@@ -33,7 +34,7 @@ class Mutant:
     scenario: str
     patch: Patch
     power_only: bool = False
-    clauses: tuple[str, ...] = ("C1", "C3", "C5")
+    clauses: tuple[str, ...] = ("C1", "C2", "C3", "C5")
 
 
 def _finish(self: Committer, frozen: Frozen) -> None:
@@ -192,6 +193,24 @@ def _covered_before_linked() -> Iterator[None]:
 
     with mock.patch.object(Allocator, "_add_block", add_block):
         yield
+
+
+CASES = {
+    name: parse_case(text)
+    for name, text in {
+        "allocate": "v3,c512,r16,t64 | write:0+512 flush",
+        "in-place-and-new": "v3,c512,r16,t64,aged | write:0+512 write:5120+512 flush",
+        "compressed": "v3,c512,r16,t64,aged | write:2048+512 write:4608+512 flush write:5120+512 flush",
+        "shared": "v3,c512,r16,t64,aged,s1 | write:0+512 flush",
+        "discard-then-write": "v3,c512,r16,t64,aged | discard:0+512 write:4608+512 flush",
+        "zero-then-write": "v3,c512,r16,t64,aged | zero:0+512 write:4608+512 flush",
+        "l1-growth": "v3,c512,r16,t64,short_l1 | write:35840+512 flush",
+        "refcount-block": "v3,c512,r64,t64,full | write:30720+6144 flush write:51200+2048 flush",
+        "refcount-block-unflushed": "v3,c512,r64,t64,full | write:30720+20480 flush",
+        "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",
+    }.items()
+}
+"""Where each order shows."""
 
 
 MUTANTS = [

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import CowfenceError
 from cowfence.nbd.client import NbdDisk

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, open_image
 from cowfence.storage.memory import MemoryStorage

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import Closed, Corrupt, ReadOnly, StorageFailed
 from cowfence.qcow2.create import NewImage, write_new

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Disk, Request, Verb
 from cowfence.disk.raw import RawDisk

@@ -64,6 +64,8 @@ class _Datum(NamedTuple):
 @dataclass(slots=True, eq=False)
 class _Leaf:
     seen: Seen
+    passing: frozenset[Unit]
+    """Units of plain data."""
     data: list[_Datum] = field(default_factory=list)
 
     def seen_in(self, state: CrashState) -> Seen:
@@ -150,8 +152,7 @@ class Judge:
         order: dict[Unit, None] = {}
         leaf = self._look(state.contents(), order)
         self.looks += 1
-        passing = {datum.unit for datum in leaf.data}
-        self._remember(state, lengths, [unit for unit in order if unit not in passing], leaf)
+        self._remember(state, lengths, [unit for unit in order if unit not in leaf.passing], leaf)
         return leaf.seen_in(state)
 
     def _remember(self, state: CrashState, lengths: tuple[int, ...], order: list[Unit], leaf: _Leaf) -> None:
@@ -182,34 +183,44 @@ class Judge:
 
         reading = files(writable=False)
         seen.structure = inspect(contents[subject.image], reading[subject.image].touch)
-        tables = set(order)
+        # Decided by what was read so far, so that every state that shares this part of the way agrees.
+        passing = self._passing(seen.structure, set(order))
         try:
             disk = subject.open(reading, writable=False)
             guest = disk.read(0, disk.size)
         except CowfenceError as error:
             seen.error = str(error)
-            return _Leaf(seen)
+            return _Leaf(seen, passing)
         if self._live and not seen.structure.findings:
             seen.problems.extend(_repaired(subject, files, seen, guest))
             seen.problems.extend(_lived_on(subject, files, seen, guest))
-        data = self._passing(contents[subject.image], guest, seen.structure, tables)
-        passing = {datum.sector for datum in data}
+        data = self._data(contents[subject.image], guest, seen.structure, passing)
+        passed = {datum.sector for datum in data}
         for sector in range(-(-max(len(guest), len(self._before)) // SECTOR_BYTES)):
             value = guest[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
-            if sector not in passing and value != self._sector_before(sector):
+            if sector not in passed and value != self._sector_before(sector):
                 seen.changed[sector] = value
-        return _Leaf(seen, data)
+        return _Leaf(seen, passing, data)
 
-    def _passing(self, content: bytes, guest: bytes, structure: Structure, tables: set[Unit]) -> list[_Datum]:
-        """The sectors of plain data in units that hold no table, compressed cluster or data of a snapshot."""
+    def _passing(self, structure: Structure, tables: set[Unit]) -> frozenset[Unit]:
+        """The units of plain data that hold no table, compressed cluster or data of a snapshot."""
+        image, cluster_bytes = self._subject.image, structure.cluster_bytes
+        return frozenset(
+            unit
+            for _, host_at in structure.data
+            for number in range(host_at // self._unit_bytes, (host_at + cluster_bytes - 1) // self._unit_bytes + 1)
+            if (unit := (image, number)) not in tables
+        )
+
+    def _data(self, content: bytes, guest: bytes, structure: Structure, passing: frozenset[Unit]) -> list[_Datum]:
+        """The guest's sectors in those units."""
         data = []
-        cluster_bytes = 1 << int.from_bytes(content[20:24], "big")
         for guest_at, host_at in structure.data:
-            for at in range(0, cluster_bytes, SECTOR_BYTES):
+            for at in range(0, structure.cluster_bytes, SECTOR_BYTES):
                 host, sector = host_at + at, (guest_at + at) // SECTOR_BYTES
                 unit = (self._subject.image, host // self._unit_bytes)
                 value = guest[guest_at + at : guest_at + at + SECTOR_BYTES]
-                if unit in tables or not value:
+                if unit not in passing or not value:
                     continue
                 if value != content[host : host + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"):
                     raise AssertionError(f"guest sector {sector} does not read what stands at {host:#x}")

@@ -18,6 +18,8 @@ class Verdict(NamedTuple):
     sector: int | None = None
     pointer_at: int | None = None
     target_at: int | None = None
+    name: str = ""
+    """Of the entry whose count is missing."""
 
 
 class Oracle(Protocol):
@@ -62,7 +64,7 @@ class Sound:
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:  # noqa: ARG002
         for finding in seen.structure.findings:
-            return Verdict("C5", finding.text, None, finding.pointer_at, finding.target_at)
+            return Verdict("C5", finding.text, None, finding.pointer_at, finding.target_at, finding.name)
         return None
 
 

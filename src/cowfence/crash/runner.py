@@ -94,7 +94,10 @@ class Run:
         self._opening = True
         self._reading = 0
         self.memory = MemoryStorage(self.built.files[IMAGE], name=IMAGE)
+        # The calls that fail are counted from here on: an image that does not even open is no case.
+        nth, self._plan.nth = self._plan.nth, None
         self.disk: Qcow2Disk = self._open()
+        self._plan.nth, self._plan.matched = nth, 0
         self.guest = self._read_plainly(self.built.files[IMAGE])
 
     def recording(self) -> Recording:

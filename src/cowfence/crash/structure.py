@@ -30,6 +30,8 @@ class Finding(NamedTuple):
     text: str
     pointer_at: int | None = None
     target_at: int | None = None
+    name: str = ""
+    """Of the entry, where it is a count that is missing."""
 
 
 @dataclass(slots=True)
@@ -37,6 +39,7 @@ class Structure:
     """What an image says about itself."""
 
     findings: list[Finding] = field(default_factory=list)
+    cluster_bytes: int = 512
     leaks: int = 0
     """Clusters counted higher than they are referred to."""
     data: list[tuple[int, int]] = field(default_factory=list)
@@ -104,6 +107,7 @@ class _Judge:
         )
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
         self.bits, self.order, self.version = bits, order, version
+        self.result.cluster_bytes = 1 << bits
         self.end = -(-len(content) // (1 << bits))
         self._header_facts(version, size)
         self._table(0, 1, "header", 0)
@@ -157,8 +161,8 @@ class _Judge:
         facts["backing"] = (content[name_at : name_at + name_length] if name_at else b"", backing_format)
         facts["features"] = (version, *(struct.unpack_from(">QQQ", content, 72) if version >= 3 else ()))
 
-    def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None) -> None:
-        self.result.findings.append(Finding(text, pointer_at, target_at))
+    def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None, name: str = "") -> None:
+        self.result.findings.append(Finding(text, pointer_at, target_at, name))
 
     def _words(self, offset: int, count: int) -> tuple[int, ...]:
         self.touch(offset, count * 8)
@@ -234,6 +238,8 @@ class _Judge:
             last = (offset & ~511) + sectors * 512 - 1
             if entry & _COPIED:
                 self._find(f"{what} is compressed and COPIED", at)
+            # What can be inflated decides whether the disk can be read.
+            self.touch(offset, (offset & ~511) + sectors * 512 - offset)
             for cluster in range(offset >> self.bits, (last >> self.bits) + 1):
                 self._refer(cluster, what, at)
             return
@@ -280,6 +286,7 @@ class _Judge:
                     f"cluster {cluster} has refcount {count} and {len(holders)} references: {what}",
                     at,
                     block + cluster % per_block * width // 8 if block else None,
+                    what,
                 )
             if len(holders) > 1 and cluster in self.copied:
                 what, at = self.copied[cluster]

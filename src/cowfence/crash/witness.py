@@ -116,12 +116,22 @@ def edge(witness: Witness, verdict: Verdict, entries: Sequence[Entry], position:
     if pointer_at is None:
         return f"{verdict.what}; not arrived: {', '.join(witness.lost()) or 'nothing'}"
     pointer = _written(entries, position, image, pointer_at, witness)
-    if target_at is None:
-        return _lost_pointer(name or f"the entry at {pointer_at:#x}", pointer_at, verdict, entries, image, position)
+    if target_at is None or verdict.clause == "C2":
+        in_place = target_at is not None and not _is_lost(witness, image, pointer_at)
+        at = target_at if in_place and target_at is not None else pointer_at
+        return _lost(name or f"the entry at {pointer_at:#x}", at, verdict, entries, image, position)
     target = _missing(entries, position, image, target_at, witness)
-    what = f"{name} -> {target_at:#x}" if name else f"the entry at {pointer_at:#x} -> {target_at:#x}"
     order = _order(pointer, target)
-    return f"{what} is durable, what belongs at {target_at:#x} is not ({verdict.what}): {order}"
+    if verdict.name:
+        return f"{verdict.name} is durable, its count at {target_at:#x} is not ({verdict.what}): {order}"
+    what = f"{name or f'the entry at {pointer_at:#x}'} -> {target_at:#x}"
+    return f"{what} is durable, the data at {target_at:#x} is not ({verdict.what}): {order}"
+
+
+def _is_lost(witness: Witness, image: str, offset: int) -> bool:
+    """True if the newest bytes at an offset did not arrive."""
+    unit = (image, offset // witness.unit_bytes)
+    return any(choice.unit == unit and choice.held < len(choice.versions) - 1 for choice in witness.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,7 @@ def _order(pointer: _Mark | None, target: _Mark | None) -> str:
     return f"a fence is missing between `{target.name}` and `{pointer.name}`"
 
 
-def _lost_pointer(name: str, at: int, verdict: Verdict, entries: Sequence[Entry], image: str, position: int) -> str:
+def _lost(name: str, at: int, verdict: Verdict, entries: Sequence[Entry], image: str, position: int) -> str:
     later = next((mark for mark in _writes(entries, image, at) if mark.position > position), None)
     if later is not None:
         return f"{verdict.what}: `{later.name}` at {at:#x} ({name}) comes after the flush had returned"

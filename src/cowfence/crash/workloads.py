@@ -136,7 +136,8 @@ def faulted(images: Sequence[ImageSpec]) -> Iterator[Case]:
             if first.verb in ("kill", "repair", "reopen", "read", "flush"):
                 continue
             script = (first, FLUSH, Step("write", (AGED["free"] + 1) * image.cluster_bytes, image.cluster_bytes), FLUSH)
-            total = sum(1 for entry in record(Case(image, script)).entries if hasattr(entry, "mark"))
+            marks = [getattr(entry, "mark", "open.fence") for entry in record(Case(image, script)).entries]
+            total = sum(1 for mark in marks if mark != "open.fence")
             for nth in range(1, total + 1):
                 for error, for_good, arrived in (
                     ("EIO", False, "nothing"),

@@ -8,7 +8,8 @@ A fence that failed is like Linux's: called again it reports success, but what w
 storage has failed, its later ones return without reaching the host, and a recorder inside sees nothing made durable. (A
 real ``FileStorage`` raises again; a program under test must not rely on that.)
 
-A failed write may have arrived: not at all, its first half, or whole (the host reported a failure of something else).
+A failed write may have arrived: not at all, its first half (cut between sectors, for a sector never tears), or whole (the host
+reported a failure of something else).
 
 ``on_call`` runs inside a call, after the host has done its part and before the caller hears of it. The crash explorer
 carries out one more guest operation there; so what an engine does while one of its fences or reads is under way is tested
@@ -27,6 +28,7 @@ from enum import Enum
 from cowfence.errors import from_os_error
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.storage.wrapper import StorageWrapper
+from cowfence.units import SECTOR_BYTES
 
 
 class Kind(Enum):
@@ -130,7 +132,9 @@ class FaultyStorage(StorageWrapper):
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         def write_half() -> None:
             data = b"".join(buffers)
-            self.inner.writev(offset, (data[: len(data) // 2],), mark)
+            middle = (offset + len(data) // 2) // SECTOR_BYTES * SECTOR_BYTES
+            if middle > offset:
+                self.inner.writev(offset, (data[: middle - offset],), mark)
 
         self._call(Kind.WRITE, offset, mark, lambda: self.inner.writev(offset, buffers, mark), write_half)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.errors import Closed, CowfenceError, NoSpace, ReadOnly, WouldBlock

@@ -20,7 +20,7 @@ from unittest import mock
 
 import pytest
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.errors import Corrupt, CowfenceError, StorageFailed

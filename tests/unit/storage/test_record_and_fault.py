@@ -147,14 +147,19 @@ def test_from_then_on_and_only_with_the_mark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrived", "expected"), [(Arrived.NOTHING, b"....."), (Arrived.HALF, b"ab..."), (Arrived.ALL, b"abcd.")]
+    ("arrived", "expected"),
+    [
+        (Arrived.NOTHING, b"." * 2048),
+        (Arrived.HALF, b"a" * 512 + b"." * 1536),
+        (Arrived.ALL, b"a" * 900 + b"b" * 300 + b"." * 848),
+    ],
 )
 def test_a_failed_write_may_have_arrived(arrived: Arrived, expected: bytes) -> None:
     log = OpLog()
-    memory = MemoryStorage(b".....")
+    memory = MemoryStorage(b"." * 2048)
     storage = FaultyStorage(RecordingStorage(memory, log), FaultPlan(1, arrived=arrived))
     with pytest.raises(StorageFailed):
-        storage.writev(0, (b"abc", b"d"), "data.write")
+        storage.writev(0, (b"a" * 900, b"b" * 300), "data.write")
     assert memory.snapshot() == expected
     logged = [operation.data for operation in log.operations() if isinstance(operation, Write)]
     assert logged == ([] if arrived is Arrived.NOTHING else [expected.rstrip(b".")]), "the log has what reached the file"
