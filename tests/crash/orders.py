@@ -1,6 +1,6 @@
 """The broken orders of the crash contract, each as a patch of the engine. They live here, never in the product.
 
-Each mutant is a context manager: inside it the engine does the wrong thing in one respect. ``scenario`` names where it shows,
+Each mutant is a context manager: inside it the engine does the wrong thing in one respect. ``case`` names where it shows,
 ``power_only`` that a killed process cannot show it.
 """
 
@@ -13,13 +13,15 @@ from typing import Any
 from unittest import mock
 
 from cowfence.crash.cases import parse_case
-from cowfence.qcow2 import transaction
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.image import Qcow2Disk
+from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
+from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
-from cowfence.qcow2.transaction import Change, Committer, Frozen, Pending, Stage, write_changes
+from cowfence.qcow2.transaction import Change, Committer, Freed, Frozen, Pending, Stage, write_changes
+from cowfence.qcow2.write import Writes
 from cowfence.storage.base import Buffer
 from cowfence.storage.record import RecordingStorage
 
@@ -28,13 +30,14 @@ Patch = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Mutant:
-    """``clauses``: one of them must be what the judge names."""
+    """``case``: where it shows. ``clauses``: one of them must be what the judge names. ``says``: stands in the sentence."""
 
     name: str
-    scenario: str
+    case: str
     patch: Patch
     power_only: bool = False
     clauses: tuple[str, ...] = ("C1", "C2", "C3", "C5")
+    says: str = ""
 
 
 def _finish(self: Committer, frozen: Frozen) -> None:
@@ -195,6 +198,99 @@ def _covered_before_linked() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _freed(action: Callable[[State, int, bool], bool]) -> Iterator[None]:
+    """``action(state, cluster, table)`` for each cluster that is freed; where it says True, that was all."""
+    states: list[State] = []
+    true_init, true_free = State.__init__, Pending.free
+
+    def init(self: State, *args: Any, **kwargs: Any) -> None:
+        true_init(self, *args, **kwargs)
+        states.append(self)
+
+    def free(self: Pending, first: int, count: int = 1, *, discard: bool = False, table: bool = False) -> None:
+        state = next(state for state in reversed(states) if state.pending is self)
+        if not action(state, first, table):
+            true_free(self, first, count, discard=discard, table=table)
+
+    with mock.patch.object(State, "__init__", init), mock.patch.object(Pending, "free", free):
+        yield
+
+
+@contextmanager
+def _punched_at_once() -> Iterator[None]:
+    """Host space is given back while a durable entry still leads there."""
+
+    def punch(state: State, cluster: int, table: bool) -> bool:  # noqa: ARG001
+        state.storage.discard(cluster << state.geometry.cluster_bits, state.geometry.cluster_bytes, "host.discard")
+        return False
+
+    with _freed(punch):
+        yield
+
+
+def _counted_down_at_once(tables: bool) -> Patch:
+    """The count goes down with PREPARE, before the entry changes."""
+
+    def down(state: State, cluster: int, table: bool) -> bool:
+        if table is not tables:
+            return False
+        block = state.refcounts.block_of(cluster, wait=True)
+        assert block is not None
+        at = cluster % state.geometry.refcounts_per_block
+        block.set(at, block.get(at) - 1)
+        state.pending.touch(block)
+        return True
+
+    return lambda: _freed(down)
+
+
+@contextmanager
+def _no_tail() -> Iterator[None]:
+    """What the guest did not rewrite of a new cluster is left as it was."""
+    with mock.patch.object(Writes, "_kept", return_value=None):
+        yield
+
+
+@contextmanager
+def _available_before_retired() -> Iterator[None]:
+    true_retire, true_reclaim = Journal.retire, ClusterReclaimer.reclaim
+    late: list[tuple[Journal, int]] = []
+
+    def reclaim(self: ClusterReclaimer, freed: list[Freed]) -> None:
+        true_reclaim(self, freed)
+        for journal, generation in late:
+            true_retire(journal, generation)
+        late.clear()
+
+    with (
+        mock.patch.object(Journal, "retire", lambda journal, generation: late.append((journal, generation))),
+        mock.patch.object(ClusterReclaimer, "reclaim", reclaim),
+    ):
+        yield
+
+
+@contextmanager
+def _published_before_data() -> Iterator[None]:
+    true_write, true_publish = RecordingStorage.writev, Journal.publish
+    held: list[tuple[RecordingStorage, int, list[bytes]]] = []
+
+    def writev(self: RecordingStorage, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        if mark == "data.write":
+            held.append((self, offset, [bytes(buffer) for buffer in buffers]))
+        else:
+            true_write(self, offset, buffers, mark)
+
+    def publish(self: Journal, notes: list[int]) -> None:
+        true_publish(self, notes)
+        for storage, offset, buffers in held:
+            true_write(storage, offset, buffers, "data.write")
+        held.clear()
+
+    with mock.patch.object(RecordingStorage, "writev", writev), mock.patch.object(Journal, "publish", publish):
+        yield
+
+
 CASES = {
     name: parse_case(text)
     for name, text in {
@@ -207,6 +303,11 @@ CASES = {
         "l1-growth": "v3,c512,r16,t64,short_l1 | write:35840+512 flush",
         "refcount-block": "v3,c512,r64,t64,full | write:30720+6144 flush write:51200+2048 flush",
         "refcount-block-unflushed": "v3,c512,r64,t64,full | write:30720+20480 flush",
+        "compressed-alone": "v3,c512,r16,t64,aged | write:2048+512 flush",
+        "one-table": "v3,c512,r16,t1,aged,s1 | write:0+512 write:35840+512 flush",
+        "part": "v3,c4096,r16,t64,aged | write:512+512 flush",
+        "kept": "v3,c512,r16,t64,keeper,aged | write:5120+512 write:2048+512 flush",
+        "kept-shared": "v3,c512,r16,t64,s1,keeper,aged | write:0+512 flush",
         "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",
     }.items()
 }
@@ -235,11 +336,17 @@ MUTANTS = [
         order("prepare", "fence", "data", "link", "fence", "reclaim"),
         power_only=True,
     ),
-    Mutant("M7 flush without a fence", "in-place-and-new", _no_flush_fence, power_only=True, clauses=("C3",)),
-    Mutant("M8 flush fences and writes no tables", "allocate", _flush_writes_no_tables, clauses=("C3",)),
+    Mutant("M7 flush without a fence", "in-place-and-new", _no_flush_fence, power_only=True, clauses=("C2",)),
+    Mutant("M8 flush fences and writes no tables", "allocate", _flush_writes_no_tables, clauses=("C2",)),
     Mutant("M9 reused at once, compressed", "compressed", _reused_at_once, clauses=("C1", "C3")),
     Mutant("M9 reused at once, discard", "discard-then-write", _reused_at_once, clauses=("C3",)),
     Mutant("M9 reused at once, zero with unmap", "zero-then-write", _reused_at_once, clauses=("C3",)),
+    Mutant("M10 host discard before the unlink is durable", "compressed-alone", _punched_at_once, clauses=("C1", "C3")),
+    Mutant("M11 old L2 table freed before the L1 entry changes", "shared", _counted_down_at_once(True), clauses=("C5", "C6")),
+    Mutant("M25 freed before its entry is replaced, one-table cache", "one-table", _counted_down_at_once(False)),
+    Mutant("M27 copied tail left out", "part", _no_tail, clauses=("C3",)),
+    Mutant("M36 available before retired", "kept-shared", _available_before_retired, clauses=("C4", "C5", "C6")),
+    Mutant("M36 published before the data", "kept", _published_before_data, clauses=("C3", "C4", "C1")),
     Mutant(
         "M12 L1 entry before the new L2 table",
         "allocate",
@@ -279,4 +386,17 @@ MUTANTS = [
     ),
 ]
 
-__all__ = ["MUTANTS", "Mutant", "transaction"]
+WAITING = {
+    "M16": "snapshot create",
+    "M17": "snapshot apply",
+    "M18": "snapshot apply",
+    "M19": "snapshot create",
+    "M20": "compressed write",
+    "M21": "header rewrite",
+    "M22": "shrink",
+    "M23": "a dirty image among the explorer's",
+    "M24": "data file",
+    "M26": "bitmaps",
+    "M34": "bitmaps",
+}
+"""Broken orders of operations that the engine does not have yet."""

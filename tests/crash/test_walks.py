@@ -1,45 +1,82 @@
-"""A sample of the random walks; ``make crash`` goes on for as long as it is given."""
+"""A sample of every suite and of the random walks; ``make crash`` goes on for as long as it is given."""
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
 
 import pytest
 
+from cowfence.crash.cases import record, walk
+from cowfence.crash.explore import Model
+from cowfence.crash.images import ImageSpec
+from cowfence.crash.workloads import SUITES, all_images, covering_images
+from cowfence.crash.workloads import walk as random_walk
 from cowfence.qcow2.allocator import Allocator
 from crash.orders import MUTANTS
-from crash.walks import judge, run, walk
+
+SMALL = [image for image in all_images() if image.cluster_bytes == 512]
 
 
 @pytest.mark.parametrize("model", ["kill", "power"])
 @pytest.mark.parametrize("seed", range(24))
-def test_true_engine_survives_walk(seed: int, model: Literal["kill", "power"]) -> None:
-    chosen = walk(seed)
-    verdicts = judge(chosen, run(chosen), model)
-    assert not verdicts.violations, f"seed {seed}: {verdicts.violations[0]}"
+def test_true_engine_survives_walk(seed: int, model: Model) -> None:
+    case = random_walk(seed, 20)
+    verdicts = walk(case, record(case), model, limit=32)
+    assert not verdicts.violations, f"{case}: {verdicts.violations[0]}"
+
+
+@pytest.mark.parametrize("image", covering_images(), ids=str)
+def test_every_operation_on_every_option(image: ImageSpec) -> None:
+    """Sequences of one operation, over images in which every two options meet."""
+    for case in SUITES["one"]([image]):
+        recording = record(case)
+        for model in ("kill", "power" if image.cluster_bytes == 512 else "power4096"):
+            found = walk(case, recording, model, limit=64).violations
+            assert not found, f"{case}: {found[0]}"
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("suite", ["two", "three", "interleaved", "faulted", "nested"])
+def test_a_sample_of_each_suite(suite: str, part: int) -> None:
+    """Every so many-th case; which, differs by part."""
+    steps = {"two": 61, "three": 3001, "interleaved": 97, "faulted": 97, "nested": 29}
+    images = covering_images(SMALL)
+    cases = itertools.islice(SUITES[suite](images[part::4]), part, None, steps[suite])
+    for case in itertools.islice(cases, 60):
+        recording = record(case)
+        for model in ("kill", "power"):
+            found = walk(case, recording, model, limit=64).violations
+            assert not found, f"{case}: {found[0]}"
 
 
 def test_walks_can_fail() -> None:
-    """The canary: clusters reused at once must be found by walks too, not only by the scenario made for them."""
+    """The canary: clusters reused at once must be found by walks too, not only by the case made for them."""
     mutant = next(mutant for mutant in MUTANTS if mutant.name == "M9 reused at once, discard")
     for seed in range(60):
-        chosen = walk(seed)
+        case = random_walk(seed, 20)
         with mutant.patch():
             try:
-                recording = run(chosen)
+                recording = record(case)
             except Exception:
                 continue
-        if judge(chosen, recording, "kill").violations:
+        if walk(case, recording, "kill").violations:
             return
     pytest.fail("no walk caught the mutant")
 
 
 def test_walks_find_a_cluster_that_is_handed_out_before_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scan of a refcount block while counts go down must not find what is in quarantine; the walk that found it so."""
+    """A scan of a refcount block while counts go down must not find what is in quarantine."""
     monkeypatch.setattr(Allocator, "hold", lambda self, clusters: None)  # noqa: ARG005
     monkeypatch.setattr(Allocator, "release", _release_everything)
-    chosen = walk(27)
-    assert judge(chosen, run(chosen), "kill").violations
+    for seed in range(200):
+        case = random_walk(seed, 20)
+        try:
+            recording = record(case)
+        except Exception:
+            continue
+        if walk(case, recording, "kill", limit=32).violations:
+            return
+    pytest.fail("no walk caught it")
 
 
 def _release_everything(self: Allocator, clusters: list[int]) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from cowfence.crash.explore import Model, Verdicts, Violation, Walk
 from cowfence.crash.images import IMAGE, ImageSpec, build, parse_image
 from cowfence.crash.judge import Judge
+from cowfence.crash.kept import KeptWalk
 from cowfence.crash.kill import KillModel
 from cowfence.crash.operations import Step, parse_step
 from cowfence.crash.oracles import ALL, Oracle
@@ -147,7 +148,7 @@ def _nested(case: Case, first: Recording) -> Recording:
     run.kill(repair_leaks=case.nested.repair)
     for step in _AFTERWARDS:
         run.step(_fitting(step, case.image))
-    return Recording(first.initial, first.guest, log.entries(), 0, first.errors)
+    return Recording(first.initial, first.guest, log.entries(), 0, run.journals, first.errors)
 
 
 def walk(
@@ -164,7 +165,8 @@ def walk(
 ) -> Verdicts:
     """Judge every state of a recorded case under a device model."""
     start = case.nested.position + 1 if case.nested is not None else 0
-    return Walk(
+    walk_of = KeptWalk if case.image.keeper and model == "kill" else Walk
+    return walk_of(
         recording,
         model,
         EngineSubject(case.image),

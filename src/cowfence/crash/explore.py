@@ -113,6 +113,8 @@ class Walk:
         self._tokens: dict[int, int] = {}
         self._known: set[tuple[object, int]] = set()
         self._distinct: set[object] = set()
+        self._position = 0
+        """Of the entry that is walked."""
         self.result = Verdicts()
 
     def run(self) -> Verdicts:
@@ -121,6 +123,7 @@ class Walk:
         entries, result = self._recording.entries, self.result
         after = "the start"
         for position, entry in enumerate(entries):
+            self._position = position
             states: Iterator[CrashState]
             if isinstance(entry, Note):
                 states = self._note(position, entry)
@@ -180,7 +183,9 @@ class Walk:
         """Tell the guest's model; where less is allowed from now on, all states of the instant are judged again."""
         guest, fields, tokens = self.guest, note.fields, self._tokens
         of = fields.get("of")
-        token = tokens.pop(of, None) if isinstance(of, int) and note.event != "end" else tokens.get(of)  # type: ignore[arg-type]
+        token = None
+        if isinstance(of, int):
+            token = tokens.get(of) if note.event == "end" else tokens.pop(of, None)
         event = note.event
         if event == "write.begin":
             data = fields["data"]

@@ -46,6 +46,8 @@ class ImageSpec(NamedTuple):
     """All clusters that the one refcount block covers are nearly used up."""
     cold: bool = False
     """Nothing is in the page cache: every read has to wait."""
+    keeper: bool = False
+    """A keeper watches the writer: after a kill the state is judged when it has done its work (C4)."""
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", f"t{self.cache}"]
@@ -56,7 +58,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 

@@ -20,6 +20,7 @@ from cowfence.crash.device import CrashState, Unit
 from cowfence.crash.structure import Structure, inspect
 from cowfence.disk.base import Disk
 from cowfence.errors import CowfenceError
+from cowfence.extents import Extent
 from cowfence.qcow2.repair import Mode, repair
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.storage.memory import MemoryStorage
@@ -293,7 +294,8 @@ def _lived_on(subject: Subject, files: MakeFiles, seen: Seen, guest: bytes) -> l
 
 def _places(disk: Disk) -> list[int]:
     """The first and the last sector that has data, and the first that has none."""
-    data, holes = [], []
+    data: list[Extent] = []
+    holes: list[Extent] = []
     for extent in disk.extents(0, disk.size):
         (data if extent.data else holes).append(extent)
     places = []

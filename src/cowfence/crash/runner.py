@@ -17,6 +17,7 @@ from cowfence.disk.base import BLOCKED, Disk
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import CowfenceError, WouldBlock
 from cowfence.qcow2.image import Qcow2Disk, open_image
+from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.repair import Mode, repair
 from cowfence.storage.base import Storage, WritableBuffer
 from cowfence.storage.fault import FaultPlan, FaultyStorage, Kind
@@ -24,7 +25,9 @@ from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import Entry, OpLog
 from cowfence.storage.record import RecordingStorage
 from cowfence.storage.wrapper import StorageWrapper
+from cowfence.units import KIB
 
+_JOURNAL_BYTES = 32 * KIB
 _OUTSIDE_THE_LOCK = ("refcount.decrement", "host.discard")
 
 
@@ -44,12 +47,12 @@ class EngineSubject:
     spec: ImageSpec
     image: str = IMAGE
 
-    def open(self, files: Mapping[str, Storage], *, writable: bool) -> Qcow2Disk:
+    def open(self, files: Mapping[str, Storage], *, writable: bool, journal: Journal | None = None) -> Qcow2Disk:
         backing: Disk | None = None
         if BACKING in files:
             plain = RawDisk if self.spec.backing == "raw" else _open_backing
             backing = plain(files[BACKING])
-        return open_image(files[IMAGE], backing=backing, writable=writable, options=options(self.spec))
+        return open_image(files[IMAGE], backing=backing, writable=writable, options=options(self.spec), journal=journal)
 
 
 def _open_backing(storage: Storage) -> Disk:
@@ -65,6 +68,8 @@ class Recording:
     entries: Sequence[Entry]
     calls: int = 0
     """Calls that another operation could have been inside of."""
+    journals: dict[int, bytes] = field(default_factory=dict)
+    """With a keeper: by position of the log, the journal from then on."""
     errors: list[str] = field(default_factory=list)
 
 
@@ -92,7 +97,8 @@ class Run:
         self._plan.on_call = self._on_call
         self._may_fail = faults is not None
         self._opening = True
-        self._reading = 0
+        self._journal: Journal | None = None
+        self.journals: dict[int, bytes] = {}
         self.memory = MemoryStorage(self.built.files[IMAGE], name=IMAGE)
         # The calls that fail are counted from here on: an image that does not even open is no case.
         nth, self._plan.nth = self._plan.nth, None
@@ -101,7 +107,9 @@ class Run:
         self.guest = self._read_plainly(self.built.files[IMAGE])
 
     def recording(self) -> Recording:
-        return Recording(dict(self.built.files), self.guest, self.log.entries(), self._interleaving.calls, self.errors)
+        return Recording(
+            dict(self.built.files), self.guest, self.log.entries(), self._interleaving.calls, self.journals, self.errors
+        )
 
     # Opening
 
@@ -110,10 +118,20 @@ class Run:
         if BACKING in self.built.files:
             files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
         self._opening = True
+        journal = None
+        if self.spec.keeper:
+            journal = Journal.new(bytearray(_JOURNAL_BYTES), observe=lambda event: self._observe(event))
+        self._journal = journal
         try:
-            return self.subject.open(files, writable=True)
+            return self.subject.open(files, writable=True, journal=journal)
         finally:
             self._opening = False
+            self._observe("keeper.starts")
+
+    def _observe(self, event: str) -> None:
+        """What the keeper would find if the writer died here."""
+        if self._journal is not None:
+            self.journals[self.log.note(event)] = self._journal.snapshot()
 
     def _watched(self) -> Storage:
         watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)

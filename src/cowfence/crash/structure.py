@@ -109,6 +109,7 @@ class _Judge:
         self.bits, self.order, self.version = bits, order, version
         self.result.cluster_bytes = 1 << bits
         self.end = -(-len(content) // (1 << bits))
+        self.table_at = table
         self._header_facts(version, size)
         self._table(0, 1, "header", 0)
         self._table(table, clusters, "refcount table", 48)
@@ -282,10 +283,11 @@ class _Judge:
                 index = cluster // per_block
                 block = blocks[index] if index < len(blocks) else 0
                 what, at = holders[-1]
+                missing = block + cluster % per_block * width // 8 if block else self.table_at + index * 8
                 self._find(
                     f"cluster {cluster} has refcount {count} and {len(holders)} references: {what}",
                     at,
-                    block + cluster % per_block * width // 8 if block else None,
+                    missing,
                     what,
                 )
             if len(holders) > 1 and cluster in self.copied:

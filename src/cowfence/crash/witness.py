@@ -8,6 +8,7 @@ leads to that is not, and the marks between which a fence is missing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -113,9 +114,16 @@ def edge(witness: Witness, verdict: Verdict, entries: Sequence[Entry], position:
         within = verdict.sector * SECTOR_BYTES % (1 << int.from_bytes(content[20:24], "big"))
         pointer_at, name = place.entry_at, place.name
         target_at = place.host_offset + within if place.host_offset else None
+    if pointer_at is None and (found := re.search(r"offset (0x[0-9a-f]+)", verdict.what)):
+        # The engine says where it could not read: somebody wrote there what does not belong.
+        marks = [mark for mark in _writes(entries, image, int(found[1], 16)) if mark.position <= position]
+        if marks:
+            return f"{verdict.what}: {_too_early(marks[-1])}"
     if pointer_at is None:
         return f"{verdict.what}; not arrived: {', '.join(witness.lost()) or 'nothing'}"
     pointer = _written(entries, position, image, pointer_at, witness)
+    if target_at is None and verdict.clause != "C2":
+        return f"{verdict.what}: written by `{pointer.name}`" if pointer is not None else verdict.what
     if target_at is None or verdict.clause == "C2":
         in_place = target_at is not None and not _is_lost(witness, image, pointer_at)
         at = target_at if in_place and target_at is not None else pointer_at
@@ -140,11 +148,15 @@ class _Mark:
     position: int
 
 
+def _too_early(mark: _Mark) -> str:
+    return f"`{mark.name}` changed what a durable entry still leads to: it must wait for the fence of its unlink"
+
+
 def _order(pointer: _Mark | None, target: _Mark | None) -> str:
     if target is None:
         return f"nothing that `{pointer.name}` relies on was written" if pointer else "nobody wrote it"
     if pointer is None:
-        return f"`{target.name}` changed what a durable entry still leads to: it must wait for the fence of its unlink"
+        return _too_early(target)
     if target.position > pointer.position:
         return f"`{target.name}` comes after `{pointer.name}`: it must come before, with a fence between"
     return f"a fence is missing between `{target.name}` and `{pointer.name}`"

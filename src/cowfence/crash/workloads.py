@@ -33,6 +33,10 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(cold=True, aged=True, snapshots=1, cache=1),
         ImageSpec(short_l1=True),
         ImageSpec(short_l1=True, snapshots=1),
+        ImageSpec(keeper=True),
+        ImageSpec(keeper=True, aged=True),
+        ImageSpec(keeper=True, aged=True, snapshots=1, cache=1),
+        ImageSpec(keeper=True, refcount_bits=64, full=True),
         ImageSpec(refcount_bits=64, full=True),
         ImageSpec(refcount_bits=64, full=True, cache=1),
     ]
