@@ -17,7 +17,7 @@ from cowfence.crash.explore import MODELS, Model, Walk
 from cowfence.crash.oracles import STRUCTURE
 from cowfence.crash.power import PowerModel
 from cowfence.crash.runner import EngineSubject, Recording, Run
-from cowfence.errors import CowfenceError
+from cowfence.errors import Corrupt, CowfenceError
 from cowfence.qcow2.entries import COPIED, ZERO
 from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.image import Qcow2Disk
@@ -42,13 +42,15 @@ def test_broken_order_is_caught(mutant: Mutant) -> None:
     case = CASES[mutant.case]
     with mutant.patch():
         recording = record(case)
-        kill = walk(case, recording, "kill").violations
-        power = walk(case, recording, "power").violations
-        caught = kill or power
-        assert caught, f"{mutant.name} survived"
-        assert caught[0].clause in mutant.clauses, str(caught[0])
-        if mutant.power_only:
-            assert not kill, f"a kill cannot show this: {kill[0]}"
+    # Judged by the true engine: what it does afterwards is not to blame.
+    kill = walk(case, recording, "kill").violations
+    power = walk(case, recording, "power").violations
+    caught = kill or power
+    assert caught, f"{mutant.name} survived"
+    assert caught[0].clause in mutant.clauses, str(caught[0])
+    if mutant.power_only:
+        assert not kill, f"a kill cannot show this: {kill[0]}"
+    with mutant.patch():
         explained = explain(case, caught[0])
     assert explained.violation.witness.deviating <= 3
     assert sum(1 for step in explained.case.script if step.verb != "flush") <= 2
@@ -136,7 +138,10 @@ def test_repair_that_harms_is_caught(wrong: str) -> None:
         report = repair(storage, mode)
         content = bytearray(storage.size())
         storage.readv(0, (content,))
-        word = lambda at: int.from_bytes(content[at : at + 8], "big")  # noqa: E731
+
+        def word(at: int) -> int:
+            return int.from_bytes(content[at : at + 8], "big")
+
         l2 = word(word(40)) & OFFSET_MASK
         if wrong == "zeroes an entry":
             storage.writev(l2, (bytes(8),), "harm")
@@ -170,7 +175,11 @@ def test_a_failed_write_that_leaves_its_l1_entry_is_caught() -> None:
     case = parse_case("v3,c512,r16,t64 | write:0+512 write:35840+512 flush | fault 1 ENOSPC once nothing")
     assert not walk(case, record(case), "kill").violations
     with mock.patch.object(Writes, "_plan", plan):
-        found = walk(case, record(case), "kill").violations
+        try:
+            recording = record(case)
+        except Corrupt:
+            return  # the overlap check saw it when the next table was put there
+    found = walk(case, recording, "kill").violations
     assert found
     assert found[0].clause in ("C1", "C3", "C5")
 
@@ -285,6 +294,15 @@ def test_sharing_a_look_is_exact() -> None:
     assert shared.looks < compared * 7
 
 
-def test_engine_that_raises_is_no_crash_of_the_judge() -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["v3 | no-such-verb", "v3", "nonsense | flush", "v3 | write:1+2", "v3 | flush | fault x", "v3 | write:65536+512"],
+)
+def test_a_line_that_is_no_case_is_refused(text: str) -> None:
     with pytest.raises(CowfenceError):
-        parse_case("v3 | no-such-verb")
+        parse_case(text)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_is_its_line(name: str) -> None:
+    assert parse_case(str(CASES[name])) == CASES[name]

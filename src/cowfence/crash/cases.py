@@ -97,9 +97,9 @@ def parse_case(text: str) -> Case:
         except (IndexError, ValueError):
             raise Invalid(f"{part!r} is no part of a case") from None
     size = build(case.image).size_bytes
-    for step in (*case.script, *(step for _, step in case.inside)):
-        if step.offset + step.length_bytes > size:
-            raise Invalid(f"{step} lies past the end of the disk of {size} bytes")
+    for tried in (*case.script, *(step for _, step in case.inside)):
+        if tried.offset + tried.length_bytes > size:
+            raise Invalid(f"{tried} lies past the end of the disk of {size} bytes")
     return case
 
 
@@ -117,7 +117,7 @@ def record(case: Case) -> Recording:
     return recording if case.nested is None else _nested(case, recording)
 
 
-_AFTERWARDS = (Step("write", 0, 512), Step("write", 7, 512), Step("flush"))
+_AFTERWARDS = (Step("write", 0, 512), *(Step("write", cluster, 512) for cluster in range(7, 11)), Step("flush"))
 
 
 def _fitting(step: Step, image: ImageSpec) -> Step:

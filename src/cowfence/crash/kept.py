@@ -34,9 +34,9 @@ class KeptWalk(Walk):
         kept = self._after_the_keeper(state)
         if isinstance(kept, Verdict):
             return kept
-        if kept is None or (kept.key, self.guest.changes, "kept") in self._known:
+        if kept is None or ((kept.key, "kept"), self.guest.changes) in self._known:
             return None
-        self._known.add((kept.key, self.guest.changes, "kept"))
+        self._known.add(((kept.key, "kept"), self.guest.changes))
         self.result.states += 1
         if kept.key not in self._distinct:
             self._distinct.add(kept.key)
