@@ -305,7 +305,7 @@ CASES = {
         "refcount-block-unflushed": "v3,c512,r64,t64,full | write:30720+20480 flush",
         "compressed-alone": "v3,c512,r16,t64,aged | write:2048+512 flush",
         "one-table": "v3,c512,r16,t1,aged,s1 | write:0+512 write:35840+512 flush",
-        "part": "v3,c4096,r16,t64,aged | write:512+512 flush",
+        "part": "v3,c4096,r16,t64,aged,s1 | write:512+512 flush",
         "kept": "v3,c512,r16,t64,keeper,aged | write:5120+512 write:2048+512 flush",
         "kept-shared": "v3,c512,r16,t64,s1,keeper,aged | write:0+512 flush",
         "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",

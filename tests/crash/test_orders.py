@@ -117,10 +117,10 @@ def test_no_fence_at_open_is_caught() -> None:
             true_fence(self, mark)
 
     first = parse_case("v3,c512,r16,t64,aged | write:2048+1024 flush")
-    points = crash_points(record(first))
-    cases = [parse_case(f"{first} | nested {point} repair") for point in points]
+    cases = [parse_case(f"{first} | nested {point} repair") for point in crash_points(record(first))]
     assert not any(walk(case, record(case), "power").violations for case in cases)
     with mock.patch.object(RecordingStorage, "fence", fence):
+        cases = [parse_case(f"{first} | nested {point} repair") for point in crash_points(record(first))]
         recordings = [record(case) for case in cases]
     caught = [walk(case, recording, "power").violations for case, recording in zip(cases, recordings, strict=True)]
     assert any(caught)
