@@ -145,6 +145,7 @@ def _nested(case: Case, first: Recording) -> Recording:
     run = Run(case.image)
     run.log = log
     run.memory = MemoryStorage(content, name=IMAGE)
+    run.take_over(first.journals, case.nested.position)
     run.kill(repair_leaks=case.nested.repair)
     for step in _AFTERWARDS:
         run.step(_fitting(step, case.image))

@@ -22,6 +22,7 @@ from cowfence.crash.runner import Recording
 from cowfence.crash.structure import inspect
 from cowfence.crash.witness import Witness
 from cowfence.storage.oplog import Done, Note
+from cowfence.units import SECTOR_BYTES
 
 Model: TypeAlias = Literal["kill", "power", "power4096"]
 MODELS: Final[tuple[Model, ...]] = ("kill", "power", "power4096")
@@ -113,6 +114,8 @@ class Walk:
         self._tokens: dict[int, int] = {}
         self._known: set[tuple[object, int]] = set()
         self._distinct: set[object] = set()
+        self._reads: dict[int, dict[int, set[bytes]]] = {}
+        """Reads under way: what each sector may read as when they began."""
         self._position = 0
         """Of the entry that is walked."""
         self.result = Verdicts()
@@ -209,6 +212,10 @@ class Walk:
             data = fields["data"]
             assert isinstance(data, bytes)
             guest.reopen(data)
+        elif event == "read.begin":
+            first = _number(fields["offset"]) // SECTOR_BYTES
+            sectors = range(first, first + _number(fields["length_bytes"]) // SECTOR_BYTES)
+            self._reads[position] = {sector: guest.readable(sector) for sector in sectors}
         elif event == "read.end":
             self._judge_read(position, _number(of), fields["data"])
         return iter(())
@@ -216,13 +223,10 @@ class Walk:
     def _judge_read(self, position: int, begin: int, data: object) -> None:
         """C17, C3: what a living guest read is one of its values, too."""
         assert isinstance(data, bytes)
-        asked = self._recording.entries[begin]
-        assert isinstance(asked, Note)
-        first = _number(asked.fields["offset"]) // 512
-        for at in range(0, len(data), 512):
-            value = data[at : at + 512]
-            sector = first + at // 512
-            if value not in self.guest.readable(sector):
+        for at, (sector, before) in enumerate(self._reads.pop(begin).items()):
+            value = data[at * SECTOR_BYTES : (at + 1) * SECTOR_BYTES]
+            # Others may have come and gone since it began: it may have been before them or after.
+            if value not in before | self.guest.readable(sector):
                 verdict = Verdict("C17", f"a read of guest sector {sector} got what is none of its values", sector)
                 for state in self._device.settle():
                     self.result.violations.append(self._violation(state, verdict, position, "read"))

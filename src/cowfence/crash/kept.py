@@ -22,9 +22,14 @@ from cowfence.storage.oplog import Note
 class KeptWalk(Walk):
     """A walk of the kill model over a recording with journals."""
 
+    _poisoned = False
+    """A fence failed: the keeper may do nothing and promises nothing, until the guest has come back (C16)."""
+
     def _note(self, position: int, note: Note) -> Iterator[CrashState]:
         """After each note, whatever was acknowledged by then is asked for."""
         yield from super()._note(position, note)
+        if note.event == "reopened":
+            self._poisoned = False
         yield from self._device.settle()
 
     def _verdict(self, state: CrashState) -> Verdict | None:
@@ -53,7 +58,11 @@ class KeptWalk(Walk):
         contents = state.contents()
         image = self._subject.image
         storage = MemoryStorage(contents[image], name=image)
-        done = replay(storage, Journal(bytearray(journals[positions[at]])))
+        journal = Journal(bytearray(journals[positions[at]]))
+        self._poisoned |= journal.poisoned
+        if self._poisoned:
+            return None
+        done = replay(storage, journal)
         if done.failure is not None:
             return Verdict("C4", f"the keeper cannot do its work: {done.failure}")
         content = storage.snapshot()

@@ -19,6 +19,7 @@ from cowfence.errors import CowfenceError, WouldBlock
 from cowfence.qcow2.image import Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.repair import Mode, repair
+from cowfence.qcow2.replay import replay
 from cowfence.storage.base import Storage, WritableBuffer
 from cowfence.storage.fault import FaultPlan, FaultyStorage, Kind
 from cowfence.storage.memory import MemoryStorage
@@ -118,15 +119,14 @@ class Run:
         if BACKING in self.built.files:
             files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
         self._opening = True
-        journal = None
-        if self.spec.keeper:
-            journal = Journal.new(bytearray(_JOURNAL_BYTES), observe=lambda event: self._observe(event))
-        self._journal = journal
+        journal = Journal.new(bytearray(_JOURNAL_BYTES), observe=self._observe) if self.spec.keeper else None
         try:
-            return self.subject.open(files, writable=True, journal=journal)
+            disk = self.subject.open(files, writable=True, journal=journal)
         finally:
             self._opening = False
-            self._observe("keeper.starts")
+        self._journal = journal
+        self._observe("keeper.starts")
+        return disk
 
     def _observe(self, event: str) -> None:
         """What the keeper would find if the writer died here."""
@@ -146,6 +146,7 @@ class Run:
 
     def open_again(self) -> None:
         """After a close: the same file, in a new process."""
+        self._journal = None
         self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
         self.disk = self._open()
 
@@ -153,11 +154,24 @@ class Run:
         """What the process wrote stands in the page cache, and is not durable. A plan of faults has had its time."""
         self._plan.nth = None
         self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        self._opening = True
+        if self._journal is not None:
+            # The keeper does its work first; it holds the lock until it is done.
+            self._journal = Journal(bytearray(self._journal.snapshot()), observe=self._observe)
+            replay(self._watched(), self._journal)
+            self._observe("keeper.worked")
         if repair_leaks:
-            self._opening = True
             repair(self._watched(), Mode.LEAKS)
         self.disk = self._open()
+        self._opening = True
         self.log.note("reopened", data=self.disk.read(0, self.disk.size))
+        self._opening = False
+
+    def take_over(self, journals: Mapping[int, bytes], position: int) -> None:
+        """Go on in the place of a run that was killed at ``position`` of the log, with its journals by position."""
+        self.journals = {at: journal for at, journal in journals.items() if at <= position}
+        if self.journals:
+            self._journal = Journal(bytearray(self.journals[max(self.journals)]))
 
     # Operations
 
@@ -169,6 +183,7 @@ class Run:
             if not self._may_fail:
                 raise
             self.errors.append(f"{step}: {error}")
+            self._observe("keeper.sees")  # a failed fence stands in the journal
 
     def new_data(self, step: Step) -> bytes:
         """Bytes for a write that no other write has."""
