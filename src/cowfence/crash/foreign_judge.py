@@ -89,22 +89,22 @@ class _Broken:
 class _Guest(GuestModel):
     """The guest's model, which also knows what was discarded, and has words for what it knows."""
 
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(size_bytes, bytearray(size_bytes))
+    def __init__(self, guest: bytes) -> None:
+        super().__init__(guest)
         self.given_up: set[int] = set()
         """Sectors discarded and not durably written since: whatever they read, nothing of worth is lost."""
 
     def flushed_value(self, sector: int) -> bytes:
         """What the last returned flush made durable in a sector."""
-        return self._history[sector][0].values[0]
+        return self._of(sector)[0].values[0]
 
     def allowed_values(self, sector: int) -> frozenset[bytes]:
         """What the sector may hold after a crash."""
-        return frozenset(value for entry in self._history[sector] for value in entry.values)
+        return frozenset(value for entry in self._of(sector) for value in entry.values)
 
     def has_changed(self, sector: int) -> bool:
         """True if something was written to the sector, or discarded, since it was flushed."""
-        return len(self._history[sector]) > 1
+        return len(self._of(sector)) > 1
 
     def begin_discard(self, offset: int, length_bytes: int) -> int:
         self.given_up.update(range(offset // SECTOR_BYTES, -(-(offset + length_bytes) // SECTOR_BYTES)))
@@ -112,9 +112,7 @@ class _Guest(GuestModel):
 
     def end_flush(self, token: int) -> None:
         super().end_flush(token)
-        self.given_up = {
-            sector for sector in self.given_up if self.has_changed(sector) or len(self._history[sector][0].values) > 1
-        }
+        self.given_up = {sector for sector in self.given_up if self.has_changed(sector) or len(self._of(sector)[0].values) > 1}
 
 
 class _Expectation:
@@ -139,8 +137,7 @@ class _Expectation:
         self._start(run.guest)
 
     def _start(self, guest: bytes) -> None:
-        self.model = _Guest(len(guest))
-        self.model.start(guest)
+        self.model = _Guest(guest)
 
     def _tool_views(self) -> dict[int, tuple[View, View]]:
         """For each tool of the log, by the position of its first note, the views before and after it."""
@@ -203,7 +200,8 @@ class _Expectation:
 
     def _sectors(self, view: View) -> _Broken | None:
         if self.other is None:
-            wrong = self.model.wrong_sectors(view.guest.ljust(self.model.size, b"\0"))
+            changed = self.model.changed_sectors(view.guest.ljust(self.model.size, b"\0"))
+            wrong = [sector for sector, _ in self.model.wrong_sectors(changed)]
         else:
             wrong = [sector for sector in _sectors(view.guest) if not self._in_either(view.guest, sector)]
         wrong = sorted({*wrong, *(view.unreadable or ())})

@@ -1,10 +1,9 @@
 """The crash states of a foreign run: several files, one order.
 
-The kill and the power model of one file are ``crash.device``'s; a state of a run is a state of one file, with the others as
-they are at that instant. A power cut is walked at two grains. *Operations*: each subset of the operations that no fence
-covers yet, across all files, in its order. That is a part of the power model (each sector is then at one of its versions)
-which stays small where sectors are many, and most bugs are in it: a fence too few, an entry before its data. *Sectors*: all
-of the model, one file at a time.
+The kill and the power model are ``crash.kill``'s and ``crash.power``'s. A power cut is walked at two grains. *Operations*: each
+subset of the operations that no fence covers yet, across all files, in its order. That is a part of the power model (each
+sector is then at one of its versions) which stays small where sectors are many, and most bugs are in it: a fence too few, an
+entry before its data. *Sectors*: all of the model.
 
 This module is the only one of the foreign judge that asks the device models.
 """
@@ -17,8 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cowfence.crash.device import CrashState, KillModel, PowerModel
+from cowfence.crash.device import CrashState, Device
 from cowfence.crash.foreign_run import ForeignRun, apply
+from cowfence.crash.kill import KillModel
+from cowfence.crash.power import PowerModel
 from cowfence.storage.oplog import Done, Fence, Note, Operation
 
 Model = Literal["kill", "power"]
@@ -65,13 +66,10 @@ class Walk:
         self._durable = dict(self._current)
         self._pending: list[_Pending] = []
         self._ended: dict[int, int] = {}
-        self._devices: dict[str, KillModel | PowerModel] = {
-            name: PowerModel(content, limit=limit, seed=seed) if self._power else KillModel(content)
-            for name, content in run.initial.items()
-        }
-        written = {entry.file for entry in run.entries if not isinstance(entry, Note | Done | Fence)}
-        self.sampled = self._power and len(written) > 1
-        """States were left out. Of several files that are written, the sectors of one are not tried with those of another."""
+        model_of = PowerModel if self._power else KillModel
+        self._device: Device = model_of(run.initial, limit=limit, seed=seed)
+        self.sampled = False
+        """States were left out."""
 
     def __iter__(self) -> Iterator[CrashedFiles | Noted]:
         for position, entry in enumerate(self._run.entries):
@@ -86,17 +84,18 @@ class Walk:
                 yield from self._issue(position, entry)
 
     def _issue(self, position: int, operation: Operation) -> Iterator[CrashedFiles]:
-        name = operation.file
         if self._whole:
             if not isinstance(operation, Fence):
                 new = _Pending(position, operation)
                 yield from self._subsets(position, new)
                 self._pending.append(new)
             return
-        device = self._devices[name]
-        for state in self._bounded(device.issue(position, operation)):
-            yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
-        self.sampled |= device.sampled > 0
+        yield from self._crashed(position, self._device.issue(position, operation))
+
+    def _crashed(self, position: int, states: Iterator[CrashState]) -> Iterator[CrashedFiles]:
+        for state in self._bounded(states):
+            yield CrashedFiles(position, state.contents(), state.lost())
+        self.sampled |= self._device.sampled > 0
 
     def _bounded(self, states: Iterator[CrashState]) -> Iterator[CrashState]:
         yield from itertools.islice(states, self._limit)
@@ -116,8 +115,7 @@ class Walk:
             self._current[name] = bytes(content)
         if self._whole:
             return
-        for state in self._devices[name].done(operation, issued):
-            yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
+        yield from self._crashed(position, self._device.done(position, issued, operation, failed=False))
 
     def _fence(self, name: str, issued: int) -> None:
         covered = [
@@ -137,9 +135,7 @@ class Walk:
         if self._whole:
             yield from self._subsets(position, None)
             return
-        for name, device in self._devices.items():
-            for state in self._bounded(device.settle()):
-                yield CrashedFiles(position, {**self._current, name: state.content}, state.lost)
+        yield from self._crashed(position, self._device.settle())
 
     def _subsets(self, position: int, new: _Pending | None) -> Iterator[CrashedFiles]:
         """The states in which whole operations are missing; with ``new``, those that have it."""

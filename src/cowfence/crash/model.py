@@ -168,6 +168,19 @@ class GuestModel:
         """The most clusters that may be counted too high (C13)."""
         return self.leaks_before + 4 + sum(clusters for _, clusters in self._touched)
 
+    @property
+    def size(self) -> int:
+        return len(self.initial)
+
+    def changed_sectors(self, guest: bytes) -> dict[int, bytes]:
+        """The sectors of ``guest`` that differ from the disk before the log."""
+        changed = {}
+        for sector in range(-(-max(len(guest), self.size) // SECTOR_BYTES)):
+            value = guest[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
+            if value != self._initial(sector):
+                changed[sector] = value
+        return changed
+
     def wrong_sectors(self, changed: Mapping[int, bytes], *, acknowledged: bool = False) -> Iterator[tuple[int, bytes]]:
         """Sectors, with their bytes, that hold what they must not. ``acknowledged``: as if all that was acknowledged had been
         flushed (C4)."""

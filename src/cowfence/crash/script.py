@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from cowfence.crash.explore import tagged
+from cowfence.crash.images import tagged
 from cowfence.errors import Invalid
 from cowfence.units import SECTOR_BYTES, parse_size
 
