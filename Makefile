@@ -46,7 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 crash: $(STAMP)
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m crash.walks $(CRASH_ARGS)
+	$(BIN)/cowfence crash explore $(CRASH_ARGS)
 
 guest: $(STAMP)
 	$(BIN)/python -m guest $(GUEST_ARGS)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from cowfence.cli.crash_explore import EXIT_VIOLATIONS, configure_explore, configure_replay
 from cowfence.cli.main import print_json
 from cowfence.errors import Invalid
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from cowfence.crash.foreign_states import Model
     from cowfence.crash.judging import Judgement
 
-EXIT_VIOLATIONS = 2
 _WALKING_SECONDS = 60.0
 _CODES = "exit codes: 0 no violation found, 1 error, 2 violations found"
 
@@ -24,6 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="crash_command", metavar="COMMAND", required=True, prog=parser.prog)
     _configure_record(subparsers)
     _configure_judge(subparsers)
+    configure_explore(subparsers)
+    configure_replay(subparsers)
 
 
 def _configure_record(subparsers: Any) -> None:

@@ -149,8 +149,10 @@ class GuestModel:
                 past.update(value for entry in history[: flushed[-1]] for value in entry.values)
                 del history[: flushed[-1]]
                 history[0].serial = 0
-        self._touched = [entry for entry in self._touched if entry[0] > self._last_flush]
-        self._last_flush = token
+        if any(self._last_flush < serial <= token for serial, _ in self._touched):
+            # It committed something: the transaction before it is no longer the last, and its RECLAIM is durable.
+            self._touched = [entry for entry in self._touched if entry[0] > self._last_flush]
+            self._last_flush = token
 
     def end_durable(self, token: int) -> None:
         """A forced write returned: what it wrote is durable."""

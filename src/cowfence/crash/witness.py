@@ -43,7 +43,7 @@ class Witness:
         return cls(bases, dict(state.lengths), choices, guest, unit_bytes)
 
     def contents(self) -> dict[str, bytes]:
-        return self._state([choice.held for choice in self.choices]).contents()
+        return self.state().contents()
 
     def lost(self) -> list[str]:
         """What has not arrived, by mark and place."""
@@ -67,6 +67,10 @@ class Witness:
         newest = sum(1 for choice in self.choices if choice.held < len(choice.versions) - 1)
         oldest = sum(1 for choice in self.choices if choice.held)
         return min(newest, oldest)
+
+    def state(self) -> CrashState:
+        """The state itself."""
+        return self._state([choice.held for choice in self.choices])
 
     def _state(self, held: Sequence[int]) -> CrashState:
         bases = {file: Base(file, content, self.unit_bytes) for file, content in self.bases.items()}
