@@ -85,7 +85,7 @@ class Totals:
 
 
 def cases_of(suite: str, images: Sequence[ImageSpec], seed: int) -> Iterator[Case]:
-    """The cases of a suite by name, of ``walks``, or of ``all``: every suite, the shorter ones first, then walks without end."""
+    """The cases of a suite by name, of ``walks``, or of ``all``: every suite, shorter ones first, then walks without end."""
     if suite == "walks":
         yield from walks(seed)
     elif suite == "all":

@@ -42,6 +42,8 @@ class Structure:
     cluster_bytes: int = 512
     leaks: int = 0
     """Clusters counted higher than they are referred to."""
+    blocks: list[int] = field(default_factory=list)
+    """Host offsets of the refcount blocks."""
     data: list[tuple[int, int]] = field(default_factory=list)
     """(guest offset, host offset) of each plain data cluster of the active disk."""
     facts: dict[str, object] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class _Judge:
         self._table(table, clusters, "refcount table", 48)
         self._table(l1_offset, -(-l1_size * 8 >> bits), "L1 table", 40)
         blocks = self._words(table, clusters << bits >> 3)
+        self.result.blocks = [entry for entry in blocks if entry]
         for index, entry in enumerate(blocks):
             if entry:
                 self._table(entry, 1, f"refcount block {index}", table + index * 8)
