@@ -30,6 +30,7 @@ ROWS: dict[str, Callable[[Path, Path, int], Iterator[Row]]] = {
     "P13": rows.fences,
     "P14": rows.memory,
     "P15": rows.info_start,
+    "P16": rows.explored,
     "P17": rows.cold_read,
 }
 

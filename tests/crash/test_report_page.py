@@ -16,8 +16,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 import judges
+from cowfence.crash.campaign import Judging, Totals, explain_all
+from cowfence.crash.page import page
 from cowfence.crash.report import Report, write_report
 from crash import report_samples
+from crash.orders import CASES, MUTANTS
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,20 @@ def test_it_loads_without_a_complaint_and_fits(browser: WebDriver, tmp_path: Pat
     assert (
         one(browser, ".verdict").text == {"clean": "No violation", "broken": "3 violations", "hostile": "1 violation"}[sample]
     )
+
+
+def test_a_real_violation_opens(browser: WebDriver, tmp_path: Path) -> None:
+    """Found by the explorer in a broken engine, not made up."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.name.startswith("M6 "))
+    case = CASES[mutant.case]
+    with mutant.patch():
+        explained = explain_all("power", case, Judging())
+    load(browser, tmp_path, page("cowfence crash explore", 1, Judging(), Totals(cases=1), [case], explained))
+    assert complaints(browser) == "[]"
+    one(browser, "#v1 > summary").click()
+    assert is_open(browser, "#v1")
+    assert "a fence is missing between" in one(browser, "#v1").text
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#v1 .cells i")) >= 64
 
 
 def test_a_violation_opens_by_click_by_key_and_by_address(browser: WebDriver, tmp_path: Path) -> None:
