@@ -74,7 +74,7 @@ def test_a_violation_is_told_with_a_line_that_shows_it_again() -> None:
 
 
 def test_an_engine_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(case: Case) -> None:
+    def broken(case: Case) -> None:  # noqa: ARG001
         raise CowfenceError("it cannot be done")
 
     monkeypatch.setattr(campaign, "record", broken)

@@ -152,8 +152,7 @@ class Qcow2Disk:
 
     @property
     def planning(self) -> bool:
-        """True while a thread works under the image's lock. The crash explorer asks, which calls the disk from inside calls of
-        the storage; it may do so only where another thread could."""
+        """True under the image's lock. Who calls the disk from inside a call of its storage has to ask (the crash explorer)."""
         return self._lock.locked()
 
     @property
