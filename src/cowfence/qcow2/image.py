@@ -5,8 +5,7 @@ the page cache only, and a later power cut would take it back (crash contract, R
 of metadata is listed for the overlap check.
 
 Each call runs its plan under the lock; where the plan needs a commit or cold bytes, the lock is left, the need is satisfied,
-and the plan begins again. ``submit`` does the same for a batch, with the plain cases inline: they are most of what a server
-does.
+and the plan begins again. ``submit`` does the same for a batch, with the plain cases inline: most of what a server does.
 """
 
 from __future__ import annotations
@@ -166,7 +165,7 @@ class Qcow2Disk:
         return describe(self._state.storage)
 
     def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
-        """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
+        """The disk as a buffered binary file (``disk.fileview``). Closing it flushes the disk and leaves it open."""
         return as_file(self, buffering)
 
     def __enter__(self) -> Qcow2Disk:
