@@ -82,7 +82,8 @@ class GuestModel:
             value = bytes(self.content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES])
             values: tuple[bytes, ...] = (value,)
             if discard:
-                values = tuple({_ZERO: 0, **dict.fromkeys(history[-1].values, 0)})
+                # A write that failed, or goes on, may have come before it or not: any value that may stand there may stay.
+                values = tuple(dict.fromkeys((_ZERO, *self.readable(sector))))
             history.append(_Values(self._serial, values, acknowledged=False))
         return self._serial
 

@@ -1,0 +1,58 @@
+"""The guest's model: what it must not forget."""
+
+from __future__ import annotations
+
+from cowfence.crash.model import GuestModel
+
+OLD, NEW, ZERO = b"old".ljust(512, b"."), b"new".ljust(512, b"."), bytes(512)
+
+
+def wrong(model: GuestModel, value: bytes) -> bool:
+    return bool(list(model.wrong_sectors({} if value == model.initial else {0: value})))
+
+
+def flush(model: GuestModel) -> None:
+    model.end_flush(model.begin_flush())
+
+
+def test_a_flush_leaves_what_was_acknowledged_and_knows_what_is_past() -> None:
+    model = GuestModel(OLD)
+    token = model.begin_write(0, NEW)
+    assert not wrong(model, OLD)
+    assert not wrong(model, NEW)
+    model.end(token)
+    flush(model)
+    assert wrong(model, OLD)
+    assert model.is_past(0, OLD)
+    assert not wrong(model, NEW)
+
+
+def test_a_discard_after_a_failed_write_may_leave_what_was_before_both() -> None:
+    """Found by a walk: a write that a close refused, then a discard that kept the old bytes."""
+    model = GuestModel(OLD)
+    model.fail(model.begin_write(0, NEW))
+    model.end(model.begin_discard(0, 512))
+    flush(model)
+    for value in (OLD, NEW, ZERO):
+        assert not wrong(model, value)
+
+
+def test_a_write_inside_a_flush_is_not_covered_by_it() -> None:
+    model = GuestModel(OLD)
+    token = model.begin_flush()
+    model.end(model.begin_write(0, NEW))
+    model.end_flush(token)
+    assert not wrong(model, OLD)
+    assert wrong(model, ZERO)
+    assert list(model.wrong_sectors({}, acknowledged=True)), "with a keeper it is there all the same"
+
+
+def test_a_forced_write_is_durable_alone() -> None:
+    model = GuestModel(OLD * 2)
+    first = model.begin_write(0, NEW)
+    model.end(first)
+    forced = model.begin_write(512, NEW)
+    model.end(forced)
+    model.end_durable(forced)
+    assert not list(model.wrong_sectors({1: NEW}))
+    assert list(model.wrong_sectors({0: NEW}))
