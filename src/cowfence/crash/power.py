@@ -5,8 +5,8 @@ is kept, and a state picks one version of each unit independently, and for each 
 covers, in its own file, the calls that had returned before it was called. A unit never tears.
 
 While the product of the choices is at most ``limit`` the enumeration is exhaustive. Above it come all states that deviate from
-"everything arrived" or "nothing arrived" in up to three places (where there are more triples than ``limit``, some of them),
-and a seeded sample of the rest.
+"everything arrived" or "nothing arrived" in up to three places (where there are more pairs or triples than four times
+``limit``, a sample of them), and a seeded sample of the rest.
 """
 
 from __future__ import annotations
@@ -165,26 +165,26 @@ class PowerModel(Device):
         corners = ([0] * len(counts), [count - 1 for count in counts])
         for corner in corners:
             yield tuple(corner)
-            for first, second in itertools.combinations(movable, 2):
+            for first, second in self._some(movable, 2):
                 for a in range(counts[first]):
                     for b in range(counts[second]):
                         pick = list(corner)
                         pick[first], pick[second] = a, b
                         yield tuple(pick)
-        triples = math.comb(len(movable), 3)
         for corner in corners:
-            chosen: Iterator[Sequence[int]]
-            if triples <= self._limit:
-                chosen = itertools.combinations(movable, 3)
-            else:
-                chosen = (self._random.sample(movable, 3) for _ in range(self._limit // 2))
-            for places in chosen:
+            for places in self._some(movable, 3):
                 pick = list(corner)
                 for at in places:
                     pick[at] = self._random.randrange(counts[at]) if counts[at] > 2 else 1 - pick[at]
                 yield tuple(pick)
         for _ in range(self._limit):
             yield tuple(self._random.randrange(count) for count in counts)
+
+    def _some(self, places: list[int], count: int) -> Iterator[Sequence[int]]:
+        """All choices of so many places, or, where they are more than four times the limit, some of them."""
+        if math.comb(len(places), count) <= 4 * self._limit:
+            return itertools.combinations(places, count)
+        return (self._random.sample(places, count) for _ in range(self._limit))
 
     def _compose(
         self,

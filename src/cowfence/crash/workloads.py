@@ -187,7 +187,9 @@ def walk(seed: int, length: int = 60) -> Case:
     verbs = ["write"] * 6 + placed * 2 + ["flush"] * 4 + (single if rng.random() < 0.3 else [])
     inner = [name for name in placed if OPERATIONS[name].request is not None] + ["write"] * 4 + ["read"]
     script = tuple(step(verbs) for _ in range(length))
-    inside = tuple((number, step(inner)) for number in sorted(rng.sample(range(2 * length), rng.choice([0, 8, 30]))))
+    inside = tuple(
+        (number, step(inner)) for number in sorted(rng.sample(range(2 * length), min(2 * length, rng.choice([0, 8, 30]))))
+    )
     return Case(image, script, inside)
 
 
