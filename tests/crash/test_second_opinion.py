@@ -44,7 +44,8 @@ def sample(model: Model, seed: int) -> Iterator[tuple[Case, str, dict[str, bytes
                 assert not isinstance(operation, Done | Note)
                 list(device.done(position, entry.position, operation, failed=entry.failed))
             elif isinstance(entry, Note):
-                begun = recording.entries[entry.fields["of"]] if entry.event == "end" else None  # type: ignore[index]
+                of = entry.fields.get("of")
+                begun = recording.entries[of] if entry.event == "end" and isinstance(of, int) else None
                 if isinstance(begun, Note) and begun.event == "flush.begin" and rng.random() < 0.3:
                     yield case, "a flush has returned", next(iter(device.settle())).contents()
             else:
