@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import rows
+from bench import explorer, rows
 from bench.measure import Row
 
 ROWS: dict[str, Callable[[Path, Path, int], Iterator[Row]]] = {
@@ -30,7 +30,7 @@ ROWS: dict[str, Callable[[Path, Path, int], Iterator[Row]]] = {
     "P13": rows.fences,
     "P14": rows.memory,
     "P15": rows.info_start,
-    "P16": rows.explored,
+    "P16": explorer.states,
     "P17": rows.cold_read,
 }
 
@@ -39,9 +39,10 @@ _HEAD = "| # | work | peer | peer's median | ours | ratio | target | met |\n|---
 
 def line(row: Row) -> str:
     """A row of the table."""
-    ratio = f"{row.ratio:.2f}" if row.better != "limit" else "-"
+    alone = row.better in ("limit", "floor")
+    ratio = "-" if alone else f"{row.ratio:.2f}"
     peer_value = f"{row.peer_value:,.4g} {row.unit}" if row.peer else "-"
-    bound = f"<= {row.target:g} {row.unit}" if row.better == "limit" else f">= {row.target:g}"
+    bound = f"{'<=' if row.better == 'limit' else '>='} {row.target:g}{f' {row.unit}' if alone else ''}"
     work = f"{row.work} ({row.note})" if row.note else row.work
     met = "yes" if row.met else "no"
     return (

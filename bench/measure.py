@@ -19,7 +19,8 @@ from pathlib import Path
 
 @dataclass
 class Row:
-    """One line of the table. ``better``: "low" for times and sizes (ratio peer / ours), "high" for rates (ours / peer)."""
+    """One line of the table. ``better``: "low" for times and sizes (ratio peer / ours), "high" for rates (ours / peer);
+    "limit" and "floor" where there is no peer: ours at most, or at least, the target."""
 
     number: str
     work: str
@@ -34,9 +35,9 @@ class Row:
     met: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.better == "limit":
+        if self.better in ("limit", "floor"):
             self.ratio = self.ours
-            self.met = self.ours <= self.target
+            self.met = self.ours <= self.target if self.better == "limit" else self.ours >= self.target
             return
         top, bottom = (self.peer_value, self.ours) if self.better == "low" else (self.ours, self.peer_value)
         self.ratio = top / bottom if bottom else float("inf")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import cowfence
 from bench.measure import Row, command_seconds, cowfence_serve, fio, in_turn, peak_rss_mib, qemu_nbd, served, version_of
-from cowfence.crash import campaign
 from cowfence.disk.base import Request, Verb
 from cowfence.nbd.client import NbdDisk
 from cowfence.units import GIB, TIB
@@ -251,21 +250,6 @@ def info_start(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: AR
     )
     note = f"python -c pass {bare * 1000:.0f} ms, info {ours * 1000:.0f} ms"
     yield Row("P15", "cowfence info beyond a bare Python", "", 0.0, (ours - bare) * 1000, "ms", 60.0, "limit", note)
-
-
-def explored(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
-    def rate(jobs: int) -> float:
-        began = time.monotonic()
-        totals = campaign.run(
-            campaign.cases_of("walks", [], 1), campaign.Judging(limit=256), budget_seconds=20, jobs=jobs, stop_at=1
-        )
-        assert not totals.violations
-        return totals.distinct / (time.monotonic() - began)
-
-    one, two = in_turn(min(pairs, 3), lambda: rate(1), lambda: rate(2))
-    work = "crash explorer, distinct states a second"
-    yield Row("P16", work, "46 ms a state with QEMU's processes", 1 / 0.046, one, "/s", 1000 * 0.046, "high", "one core")
-    yield Row("P16", work, "one core", one, two, "/s", 1.8, "high", "two cores")
 
 
 def cold_read(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:

@@ -1,116 +1,226 @@
-"""Campaigns: cases over executors, what they add up to, and what a page shows of them."""
+"""Campaigns: the same totals whoever carries the units out, violations explained in words, an end for every reason there is."""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import pickle
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
-from cowfence.crash import campaign
-from cowfence.crash.campaign import Judging, Totals, cases_of, judge_case, parse_replay, run
+from cowfence.crash import unit as units
+from cowfence.crash.campaign import ORDER, Outcome, cases_of, chosen_images, explore
+from cowfence.crash.campaign_report import report_of
 from cowfence.crash.cases import Case, parse_case
-from cowfence.crash.images import ImageSpec
-from cowfence.crash.page import page
-from cowfence.crash.report import render
-from cowfence.crash.workloads import SUITES, all_images, covering_images
-from cowfence.errors import CowfenceError
-from crash.orders import CASES, MUTANTS
+from cowfence.crash.images import parse_image
+from cowfence.crash.unit import Settings, Unit, UnitResult, judge_unit
+from cowfence.crash.workloads import SUITES
+from cowfence.disk.base import Disk
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.qcow2.image import Qcow2Disk
+from cowfence.qcow2.transaction import Committer
 
-AGED = ImageSpec(aged=True)
-
-
-def first(count: int) -> list[Case]:
-    cases = cases_of("two", [AGED], 1)
-    return [next(cases) for _ in range(count)]
+SMALL = "v3,c512,r16,t64"
+QUICK = Settings(limit=64)
 
 
-def test_an_executor_finds_what_one_process_finds() -> None:
-    judging = Judging(limit=64)
-    alone = run(first(12), judging)
-    with ThreadPoolExecutor(2) as executor:
-        spread = run(first(12), judging, jobs=2, executor=executor)
-    assert alone.cases == spread.cases == 12
-    assert (alone.states, alone.distinct, alone.coverage) == (spread.states, spread.distinct, spread.coverage)
-    assert not alone.violations
-    assert alone.exhaustive
+@contextmanager
+def without_the_prepare_fence() -> Iterator[None]:
+    """M5 and M6 of the crash contract: LINK may arrive before what it leads to."""
+    true = Committer._fence
+
+    def fence(self: Committer, mark: str) -> None:
+        if mark != "prepare.fence":
+            true(self, mark)
+
+    with mock.patch.object(Committer, "_fence", fence):
+        yield
 
 
-def test_processes_take_lines() -> None:
-    totals = run(first(4), Judging(("kill",)), jobs=2)
-    assert totals.cases == 4
-    assert totals.distinct
-    assert not totals.violations
+def cases(*texts: str) -> list[Case]:
+    return [parse_case(f"{SMALL} | {text}") for text in texts]
 
 
-def test_the_budget_ends_it() -> None:
+def test_a_unit_and_its_result_can_be_sent() -> None:
+    unit = pickle.loads(pickle.dumps(Unit("one", (f"{SMALL} | write:0+512 flush",), QUICK)))
+    with without_the_prepare_fence():
+        result = judge_unit(unit)
+    assert result.found
+    assert pickle.loads(pickle.dumps(result)) == result
+
+
+def test_a_sound_engine_has_no_violation_and_the_counts_add_up() -> None:
+    outcome = explore([("one", cases("write:0+512 flush", "discard:0+512 flush"))], QUICK, jobs=1)
+    totals = outcome.totals
+    assert not outcome.found
+    assert totals.cases == 2
+    assert totals.states >= totals.distinct >= totals.looks > 0
+    assert sum(counts.states for counts in outcome.first) == totals.states
+    assert [sum(counts.per_point) for counts in outcome.first] == [counts.states for counts in outcome.first]
+    assert outcome.coverage["write", "512 B clusters"] == 1
+    assert outcome.coverage["flush", "512 B clusters"] == 2
+    assert outcome.complete == ["one"]
+    assert outcome.exhaustive
+
+
+def test_two_processes_find_what_one_finds() -> None:
+    texts = ("write:0+512 flush", "zero:512+512 flush", "write:0+1024 write:0+512 flush", "write:512+512 reopen", "flush")
+    one = explore([("two", cases(*texts))], QUICK, jobs=1)
+    two = explore([("two", cases(*texts))], QUICK, jobs=2)
+    assert (two.totals.states, two.totals.distinct, two.totals.looks) == (
+        one.totals.states,
+        one.totals.distinct,
+        one.totals.looks,
+    )
+    assert two.coverage == one.coverage
+
+
+def test_any_executor_will_do() -> None:
+    seen = []
+
+    class Cluster:
+        def submit(self, fn: Callable[[Unit], UnitResult], unit: Unit, /) -> Future[UnitResult]:
+            seen.append(len(unit.cases))
+            future: Future[UnitResult] = Future()
+            future.set_result(pickle.loads(pickle.dumps(fn(pickle.loads(pickle.dumps(unit))))))
+            return future
+
+    outcome = explore([("one", cases(*["flush"] * 6))], QUICK, executor=Cluster(), jobs=4)
+    assert seen == [4, 2]
+    assert outcome.totals.cases == 6
+
+
+def test_only_so_many_units_are_under_way() -> None:
+    taken = itertools.count()
+    under_way: list[int] = []
+
+    def endless() -> Iterator[Case]:
+        for case in itertools.cycle(cases("flush")):
+            next(taken)
+            yield case
+
+    class Counting:
+        def submit(self, fn: Callable[[Unit], UnitResult], unit: Unit, /) -> Future[UnitResult]:
+            future: Future[UnitResult] = Future()
+            waiting.append((future, unit))
+            under_way.append(len(waiting))
+            if len(waiting) == 6:
+                while waiting:
+                    future, unit = waiting.pop()
+                    future.set_result(fn(unit))
+            return future
+
+    waiting: list[tuple[Future[UnitResult], Unit]] = []
+    started = time.monotonic()
+
+    def stop(outcome: Outcome) -> None:
+        if outcome.totals.cases > 60:
+            raise KeyboardInterrupt
+
+    outcome = explore([("one", endless())], QUICK, executor=Counting(), jobs=3, progress=stop)
+    assert max(under_way) == 6
+    assert outcome.interrupted
+    assert outcome.totals.cases > 60
+    assert time.monotonic() - started < 20
+
+
+def test_a_violation_is_explained_and_small() -> None:
+    with without_the_prepare_fence():
+        case = parse_case(f"{SMALL},aged | discard:0+512 write:3072+512 read:0+512 flush")
+        outcome = explore([("two", [case])], QUICK, jobs=1)
+    (found,) = outcome.found
+    assert (found.clause, found.model) == ("C3", "power")
+    assert found.operations == ("write:3072+512", "flush")
+    assert "fence is missing between" in found.edge
+    assert found.replay == f"cowfence crash replay --limit 64 'power | {found.case}'"
+    assert found.point is not None
+    assert sum(found.per_point[: found.point + 1]) == sum(found.per_point) > 0
+    assert len(found.sectors) == 128
+    assert found.sectors[6] == "foreign"
+    assert any("data.write" in lost for lost in found.lost)
+    assert outcome.to_dict()["violations"] == [found.to_dict()]
+
+
+def test_it_stops_at_so_many_violations() -> None:
+    with without_the_prepare_fence():
+        outcome = explore([("walks", itertools.cycle(cases("write:0+512 flush")))], QUICK, jobs=1, stop_at=3)
+    assert len(outcome.found) == 3
+
+
+def test_an_engine_that_raises_is_a_violation() -> None:
+    def write(self: Qcow2Disk, offset: int, data: bytes, *, fua: bool = False) -> None:  # noqa: ARG001
+        raise CowfenceError("no luck")
+
+    with mock.patch.object(Qcow2Disk, "write", write):
+        outcome = explore([("one", cases("write:0+512 flush", "flush"))], Settings(live=False), jobs=1)
+        suites = [next(SUITES[name]([parse_image(SMALL)])) for name in ("interleaved", "faulted", "nested")]
+    (found,) = outcome.found
+    assert (found.clause, found.point) == ("run", None)
+    assert "CowfenceError: no luck" in found.edge
+    assert outcome.totals.cases == 1
+    assert all(case.fault is None and case.nested is None and not case.inside for case in suites)
+    assert report_of(outcome, "explore").violations
+
+
+def test_an_engine_that_raises_while_states_are_judged_is_a_violation() -> None:
+    def extents(self: Disk, start: int, length: int) -> None:  # noqa: ARG001
+        raise ZeroDivisionError
+
+    with mock.patch.object(Qcow2Disk, "extents", extents):
+        outcome = explore([("one", cases("write:0+512 flush"))], QUICK, jobs=1)
+    assert [found.clause for found in outcome.found] == ["run", "run"]
+    assert "could not be judged: ZeroDivisionError" in outcome.found[0].edge
+
+
+def test_what_cannot_be_explained_is_reported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explain(*_: object, **__: object) -> None:
+        raise IndexError("lost")
+
+    monkeypatch.setattr(units, "explain", explain)
+    with without_the_prepare_fence():
+        outcome = explore([("one", cases("write:0+512 flush"))], QUICK, jobs=1)
+    (found,) = outcome.found
+    assert found.clause == "C1"
+    assert "IndexError" in found.edge
+
+
+def test_the_time_is_kept_and_shared_and_what_was_cut_is_not_called_exhaustive() -> None:
+    image = parse_image("v3,c65536,r16,t64,aged")
     began = time.monotonic()
-    totals = run(cases_of("walks", [], 1), Judging(("kill",), 16), budget_seconds=0.5)
-    assert totals.cases > 0
-    assert time.monotonic() - began < 20
+    outcome = explore(
+        [(name, cases_of(name, [image], 0)) for name in ("nested", "walks")], Settings(), jobs=1, budget_seconds=2
+    )
+    assert time.monotonic() - began < 6
+    assert outcome.suites["nested"].states
+    assert outcome.suites["walks"].states
+    assert outcome.complete == []
+    assert not outcome.exhaustive
 
 
-def test_ctrl_c_keeps_what_there_is() -> None:
-    def cases() -> Iterator[Case]:
-        yield from first(2)
-        raise KeyboardInterrupt
-
-    assert run(cases(), Judging(("kill",))).cases == 2
-
-
-def test_a_violation_is_told_with_a_line_that_shows_it_again() -> None:
-    mutant = next(mutant for mutant in MUTANTS if mutant.name == "M5 no fence between PREPARE and LINK, refcount side")
-    with mutant.patch():
-        totals = run([CASES[mutant.case]] * 20, Judging(), stop_at=2)
-        assert len(totals.violations) == 2
-        found = totals.violations[0]
-        assert (found.clause, found.model) == ("C5", "power")
-        assert "a fence is missing between `refcount.increment` and `l2.link`" in found.edge
-        again = campaign.explain_all(*parse_replay(found.replay), Judging())
-        assert again[0].edge == found.edge
-    assert not campaign.explain_all(*parse_replay(found.replay), Judging()), "the true engine keeps it"
+def test_no_process_outlives_its_campaign() -> None:
+    before = set(multiprocessing.active_children())
+    outcome = explore([("one", itertools.cycle(cases("write:0+512 flush")))], QUICK, jobs=2, budget_seconds=2)
+    assert outcome.totals.cases
+    assert not outcome.found
+    deadline = time.monotonic() + 10
+    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set(multiprocessing.active_children()) == before
 
 
-def test_an_engine_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(case: Case) -> None:  # noqa: ARG001
-        raise CowfenceError("it cannot be done")
-
-    monkeypatch.setattr(campaign, "record", broken)
-    (found,) = judge_case(first(1)[0], Judging()).violations
-    assert found.clause == "run"
-    assert "it cannot be done" in found.edge
+def test_the_suites_take_one_case_of_each_image_in_turn() -> None:
+    images = chosen_images("covering")
+    first = list(itertools.islice(cases_of("one", images, 0), len(images)))
+    assert [case.image for case in first] == images
+    assert {*ORDER} == {*SUITES, "walks"}
 
 
-def test_a_page_is_made_of_a_real_violation(tmp_path: Path) -> None:
-    mutant = next(mutant for mutant in MUTANTS if mutant.name == "M6 no fence between PREPARE and LINK, data side")
-    case = CASES[mutant.case]
-    with mutant.patch():
-        explained = campaign.explain_all("power", case, Judging())
-    assert explained
-    text = render(page("cowfence crash explore", 1, Judging(), Totals(cases=1), [case], explained))
-    assert "a fence is missing between" in text
-    assert "foreign" in text
-    assert case.image.cluster_bytes == 512
-    (tmp_path / "page.html").write_text(text)
-
-
-@pytest.mark.parametrize("text", ["flush", "no-model | v3 | flush", "kill", "kill | v3,c512"])
-def test_a_line_that_is_no_replay_is_refused(text: str) -> None:
-    with pytest.raises(CowfenceError):
-        parse_replay(text)
-
-
-def test_covering_images_cover_every_two_options() -> None:
-    def pairs(images: list[ImageSpec]) -> set[tuple[object, ...]]:
-        return {(a, image[a], b, image[b]) for image in images for a in range(len(image)) for b in range(a + 1, len(image))}
-
-    assert pairs(covering_images()) == pairs(all_images())
-    assert len(covering_images()) < 40
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_cases_are_lines(suite: str) -> None:
-    for _, case in zip(range(30), SUITES[suite]([AGED]), strict=False):
-        assert parse_case(str(case)) == case
+@pytest.mark.parametrize("text", ["none", "c0", "c513", "v2,r1", "s3", "v4", ""])
+def test_an_image_that_cannot_be_is_one_clear_line(text: str) -> None:
+    with pytest.raises(Invalid):
+        chosen_images(text)

@@ -16,11 +16,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 import judges
-from cowfence.crash.campaign import Judging, Totals, explain_all
-from cowfence.crash.page import page
+from cowfence.crash.campaign import explore
+from cowfence.crash.campaign_report import report_of
+from cowfence.crash.cases import parse_case
 from cowfence.crash.report import Report, write_report
+from cowfence.crash.unit import Settings
 from crash import report_samples
-from crash.orders import CASES, MUTANTS
+from crash.test_campaign import without_the_prepare_fence
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,13 @@ def load(browser: WebDriver, folder: Path, report: Report, fragment: str = "") -
     write_report(report, path)
     browser.get("about:blank")
     browser.get(path.as_uri() + fragment)
+
+
+def found_without_a_fence() -> Report:
+    """A real page: two violations of an engine without the fence between PREPARE and LINK."""
+    cases = [parse_case(f"v3,c512,r16,t64,aged | {script}") for script in ("write:3072+512 flush", "write:1024+512 reopen")]
+    with without_the_prepare_fence():
+        return report_of(explore([("two", cases)], Settings(), jobs=1), "cowfence crash explore --suite two")
 
 
 def one(browser: WebDriver, selector: str) -> WebElement:
@@ -69,20 +78,6 @@ def test_it_loads_without_a_complaint_and_fits(browser: WebDriver, tmp_path: Pat
     )
 
 
-def test_a_real_violation_opens(browser: WebDriver, tmp_path: Path) -> None:
-    """Found by the explorer in a broken engine, not made up."""
-    mutant = next(mutant for mutant in MUTANTS if mutant.name.startswith("M6 "))
-    case = CASES[mutant.case]
-    with mutant.patch():
-        explained = explain_all("power", case, Judging())
-    load(browser, tmp_path, page("cowfence crash explore", 1, Judging(), Totals(cases=1), [case], explained))
-    assert complaints(browser) == "[]"
-    one(browser, "#v1 > summary").click()
-    assert is_open(browser, "#v1")
-    assert "a fence is missing between" in one(browser, "#v1").text
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#v1 .cells i")) >= 64
-
-
 def test_a_violation_opens_by_click_by_key_and_by_address(browser: WebDriver, tmp_path: Path) -> None:
     load(browser, tmp_path, report_samples.broken(), "#open=2")
     assert [is_open(browser, f"#v{number}") for number in (1, 2, 3)] == [False, True, False]
@@ -97,6 +92,30 @@ def test_a_violation_opens_by_click_by_key_and_by_address(browser: WebDriver, tm
     one(browser, ".flags a").send_keys(Keys.ENTER)
     browser.execute_async_script("setTimeout(arguments[0], 50)")
     assert is_open(browser, "#v1")
+    assert complaints(browser) == "[]"
+
+
+def test_a_real_violation_opens(browser: WebDriver, tmp_path: Path) -> None:
+    report = found_without_a_fence()
+    assert [violation.clause for violation in report.violations] == ["C3", "C3"]
+    load(browser, tmp_path, report)
+    assert one(browser, ".verdict").text == "2 violations"
+    one(browser, "#v1 > summary").click()
+    assert is_open(browser, "#v1")
+    assert one(browser, "#v1 .replay pre").text == report.violations[0].replay
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#v1 .cells i")) == 128
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#v1 .cells i.foreign")) == 1
+    one(browser, "#v1 [data-run]").click()
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    assert one(browser, ".readout").text.startswith(f"{report.violations[0].point} l2.link")
+    assert complaints(browser) == "[]"
+
+
+def test_a_real_sound_run_shows_its_first_cases(browser: WebDriver, tmp_path: Path) -> None:
+    cases = [parse_case(f"v3,c512,r16,t64 | {script}") for script in ("write:0+512 flush", "kill", "discard:0+512 flush")]
+    load(browser, tmp_path, report_of(explore([("two", cases)], Settings(), jobs=1), "cowfence crash explore --suite two"))
+    assert one(browser, ".verdict").text == "No violation"
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".plane")) == 3
     assert complaints(browser) == "[]"
 
 

@@ -1,4 +1,5 @@
-"""``cowfence crash``: record what a program does to an image, and judge every state that a crash could leave."""
+"""``cowfence crash``: record what a program does to an image, and judge every state that a crash could leave. What it does with
+our own engine is in ``crash_explore``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cowfence.cli.crash_explore import EXIT_VIOLATIONS, configure_explore, configure_replay
+from cowfence.cli import crash_explore
 from cowfence.cli.main import print_json
 from cowfence.errors import Invalid
 
@@ -16,16 +17,16 @@ if TYPE_CHECKING:
     from cowfence.crash.foreign_states import Model
     from cowfence.crash.judging import Judgement
 
+EXIT_VIOLATIONS = 2
 _WALKING_SECONDS = 60.0
 _CODES = "exit codes: 0 no violation found, 1 error, 2 violations found"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(dest="crash_command", metavar="COMMAND", required=True, prog=parser.prog)
+    crash_explore.configure(subparsers)
     _configure_record(subparsers)
     _configure_judge(subparsers)
-    configure_explore(subparsers)
-    configure_replay(subparsers)
 
 
 def _configure_record(subparsers: Any) -> None:

@@ -1,183 +1,217 @@
-"""``cowfence crash explore`` and ``replay``: our own engine before the explorer."""
+"""``cowfence crash explore`` and ``cowfence crash replay``: our own engine before the judge, many cases or one again."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cowfence.cli.main import print_json
 from cowfence.errors import Invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from cowfence.crash.campaign import Outcome
+    from cowfence.crash.explore import Model
+    from cowfence.crash.unit import Settings
 
-    from cowfence.crash.campaign import Judging, Totals
-    from cowfence.crash.cases import Explained
-
-EXIT_VIOLATIONS = 2
-_CODES = "exit codes: 0 no violation found, 1 error, 2 violations found"
-_SUITES = ("one", "two", "three", "interleaved", "faulted", "nested", "walks", "all")
-_MODELS = ("kill", "power", "power4096")
-_RUNS_SHOWN = 4
+EXIT_VIOLATIONS: Final = 2
+_CODES: Final = "exit codes: 0 no violation found, 1 error, 2 violations found"
+_SUITES: Final = ("one", "two", "three", "interleaved", "faulted", "nested", "walks", "all")
+_MODELS: Final = ("kill", "power", "power4096")
+_BUDGET_SECONDS: Final = 60.0
+_STOP_AT: Final = 10
 
 
-def configure_explore(subparsers: Any) -> None:
-    line = "explore the crash states of cowfence's own engine"
+def configure(subparsers: Any) -> None:
+    """Add both commands."""
+    _configure_explore(subparsers)
+    _configure_replay(subparsers)
+
+
+def _configure_explore(subparsers: Any) -> None:
+    line = "judge every state that a crash of cowfence itself could leave"
     parser = subparsers.add_parser("explore", help=line, description=line)
     parser.epilog = _CODES
-    parser.add_argument(
-        "--suite", choices=_SUITES, default="all", help="which workloads (default: all, and then walks, until the budget ends)"
-    )
+    parser.add_argument("--suite", choices=_SUITES, default="all", help="which cases (default: all, walks last)")
     parser.add_argument(
         "--images",
         default="covering",
-        metavar="all|covering|IMAGE",
-        help="every combination of options, a set in which every two of them meet (default), or one image, as in a replay line",
+        metavar="IMAGES",
+        help="all, covering (every two options meet; default), or one such as v3,c512,r16,t64,aged; walks choose their own",
     )
-    parser.add_argument("--model", action="append", choices=_MODELS, help="may be repeated (default: kill and power)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long (default: 60 for walks)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the first walk, and of samples (default: 1)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     parser.add_argument(
-        "--limit", type=int, default=4096, metavar="N", help="states of an instant up to which all are judged (default: 4096)"
+        "--model",
+        choices=_MODELS,
+        action="append",
+        default=[],
+        help="what a crash does; may be given more than once (default: kill and power)",
     )
-    parser.add_argument("--html", metavar="FILE", help="write a report that needs nothing but a browser")
+    parser.add_argument("--budget", type=_seconds, default=_BUDGET_SECONDS, metavar="SECONDS", help="(default: 60)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one for each core)")
+    _add_common(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run_crash=_explore)
 
 
-def configure_replay(subparsers: Any) -> None:
-    line = "explore one case again and explain what it breaks"
+def _configure_replay(subparsers: Any) -> None:
+    line = "judge one case again, as a violation named it"
     parser = subparsers.add_parser("replay", help=line, description=line)
     parser.epilog = _CODES
-    parser.add_argument("line", metavar="'MODEL | CASE'", help="a replay line of explore")
-    parser.add_argument("--limit", type=int, default=4096, metavar="N", help="as of explore")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="as of explore")
-    parser.add_argument("--html", metavar="FILE", help="write a report")
+    parser.add_argument("case", metavar="'MODEL | CASE'", help="such as 'power | v3,c512,r16,t64 | write:0+512 flush'")
+    _add_common(parser)
     parser.set_defaults(run_crash=_replay)
 
 
-def _explore(arguments: argparse.Namespace) -> int:
-    from cowfence.crash import campaign
-    from cowfence.crash.images import parse_image
-    from cowfence.crash.workloads import all_images, covering_images
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of samples, and of the first walk (default: 0)")
+    parser.add_argument(
+        "--limit",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="states of one instant above which they are sampled (default: 4096)",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a report as one HTML page (needs the extra: cowfence[report])")
 
-    if arguments.jobs < 1 or arguments.limit < 1:
-        raise Invalid("--jobs and --limit are at least 1")
-    judging = campaign.Judging(tuple(dict.fromkeys(arguments.model or ("kill", "power"))), arguments.limit, arguments.seed)
-    if arguments.images in ("all", "covering"):
-        images = all_images() if arguments.images == "all" else covering_images()
-    else:
-        images = [parse_image(arguments.images)]
-    budget = arguments.budget
-    if budget is None and arguments.suite in ("walks", "all"):
-        budget = 60.0
-    cases = campaign.cases_of(arguments.suite, images, arguments.seed)
-    with _progress(budget) as progress:
-        totals = campaign.run(cases, judging, budget_seconds=budget, jobs=arguments.jobs, progress=progress)
-    command = " ".join(["cowfence", *sys.argv[1:]])
-    if arguments.html is not None:
-        shown = list(itertools.islice(campaign.cases_of(arguments.suite, images, arguments.seed), _RUNS_SHOWN))
-        explained = [
-            one
-            for found in totals.violations
-            if found.clause != "run"
-            for one in campaign.explain_all(*campaign.parse_replay(found.replay), judging)
-        ]
-        _write_page(arguments.html, command, judging, totals, shown, explained)
+
+def _explore(arguments: argparse.Namespace) -> int:
+    from cowfence.crash.campaign import ORDER, cases_of, chosen_images, explore
+    from cowfence.crash.unit import Settings
+
+    images = chosen_images(arguments.images)
+    names = ORDER if arguments.suite == "all" else (arguments.suite,)
+    models: tuple[Model, ...] = tuple(dict.fromkeys(arguments.model)) or ("kill", "power")
+    settings = Settings(models, arguments.limit, arguments.seed)
+    with _report_file(arguments.html) as write, _progress(arguments.budget) as progress:
+        outcome = explore(
+            [(name, cases_of(name, images, arguments.seed)) for name in names],
+            settings,
+            jobs=arguments.jobs,
+            budget_seconds=arguments.budget,
+            stop_at=_STOP_AT,
+            progress=progress,
+        )
+        write(outcome, _command(arguments, settings))
     if arguments.json:
-        print_json(_as_json(arguments, judging, totals))
+        print_json(outcome.to_dict())
     else:
-        _print(totals, judging)
-    return EXIT_VIOLATIONS if totals.violations else 0
+        _print(outcome)
+    return EXIT_VIOLATIONS if outcome.found else 0
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from cowfence.crash import campaign
+    from cowfence.crash.campaign import explore
+    from cowfence.crash.cases import parse_case
+    from cowfence.crash.unit import Settings
 
-    model, case = campaign.parse_replay(arguments.line)
-    judging = campaign.Judging((model,), arguments.limit, arguments.seed)
-    explained = campaign.explain_all(model, case, judging)
-    for one in explained:
-        print(one)
-    if not explained:
-        print("no violation")
-    if arguments.html is not None:
-        totals = campaign.judge_case(case, judging)
-        command = f"cowfence crash replay '{arguments.line}'"
-        _write_page(arguments.html, command, judging, totals, [] if explained else [case], explained)
-    return EXIT_VIOLATIONS if explained else 0
-
-
-def _write_page(
-    path: str, command: str, judging: Judging, totals: Totals, shown: list[Any], explained: list[Explained]
-) -> None:
-    from cowfence.crash.page import page
-    from cowfence.crash.report import write_report
-
-    write_report(page(command, judging.seed, judging, totals, shown, explained), path)
+    model, bar, text = (part.strip() for part in arguments.case.partition("|"))
+    if not bar or model not in _MODELS:
+        raise Invalid(f"a replay reads: MODEL | CASE, with a model of {', '.join(_MODELS)}")
+    case = parse_case(text)
+    settings = Settings((model,), arguments.limit, arguments.seed)
+    with _report_file(arguments.html) as write:
+        outcome = explore([("replay", [case])], settings, jobs=1)
+        write(outcome, settings.replay(model, str(case)))
+    for found in outcome.found:
+        print(found)
+    if not outcome.found:
+        print(f"no violation ({outcome.totals.states:,} states, {'exhaustive' if outcome.exhaustive else 'sampled'})")
+    return EXIT_VIOLATIONS if outcome.found else 0
 
 
-def _as_json(arguments: argparse.Namespace, judging: Judging, totals: Totals) -> dict[str, object]:
-    return {
-        "suite": arguments.suite,
-        "images": arguments.images,
-        "models": list(judging.models),
-        "seed": arguments.seed,
-        "limit": judging.limit,
-        "cases": totals.cases,
-        "states": totals.states,
-        "distinct": totals.distinct,
-        "looks": totals.looks,
-        "instants": totals.instants,
-        "instants_sampled": totals.sampled,
-        "exhaustive": totals.exhaustive,
-        "cpu_seconds": round(totals.seconds, 1),
-        "distinct_per_cpu_second": round(totals.distinct / totals.seconds) if totals.seconds else 0,
-        "violations": [found.to_dict() for found in totals.violations],
-    }
-
-
-def _print(totals: Totals, judging: Judging) -> None:
-    rate = totals.distinct / totals.seconds if totals.seconds else 0
-    how = "all of them judged"
-    if totals.sampled:
-        how = f"at {totals.sampled} of {totals.instants} instants pairs, triples and a sample"
-    print(f"{totals.cases} cases under {', '.join(judging.models)}: {totals.states} states, {totals.distinct} distinct, {how}")
-    print(f"{rate:,.0f} distinct states a second of one core; {totals.looks} had to be opened, the others read the same bytes")
-    operations = sorted({operation for operation, _ in totals.coverage})
-    options = sorted({option for _, option in totals.coverage})
-    print(f"operations: {' '.join(operations)}; options: {' '.join(options)}")
-    for found in totals.violations:
-        print(f"{found.clause} ({found.model}): {found.edge}")
-        print(f"  operations: {' '.join(found.operations)}")
-        print(f"  replay: cowfence crash replay '{found.replay}'")
-    print(f"{len(totals.violations) or 'no'} violation{'' if len(totals.violations) == 1 else 's'}")
+def _command(arguments: argparse.Namespace, settings: Settings) -> str:
+    models = " ".join(f"--model {model}" for model in settings.models)
+    return (
+        f"cowfence crash explore --suite {arguments.suite} --images {arguments.images} {models} "
+        f"--budget {arguments.budget:g} --seed {settings.seed} --limit {settings.limit}"
+    )
 
 
 @contextmanager
-def _progress(budget_seconds: float | None) -> Iterator[Callable[[Totals, float], None] | None]:
-    """A line on a terminal: how far, how fast, how much of the operations."""
+def _report_file(path: str | None) -> Iterator[Callable[[Outcome, str], None]]:
+    """What writes the page. That it can be written is tried first: not after ten minutes of work."""
+    if path is None:
+        yield lambda outcome, command: None  # noqa: ARG005
+        return
+    from cowfence.crash.campaign_report import report_of
+    from cowfence.crash.report import check_renderer, render
+
+    check_renderer()
+    with open(path, "w", encoding="utf-8") as file:
+
+        def write(outcome: Outcome, command: str) -> None:
+            file.write(render(report_of(outcome, command)))
+
+        yield write
+
+
+@contextmanager
+def _progress(budget_seconds: float) -> Iterator[Callable[[Outcome], None] | None]:
+    """A bar on standard error, if that is a terminal and rich is there (the extra ``terminal``)."""
     if not sys.stderr.isatty():
         yield None
         return
-
-    def show(totals: Totals, seconds: float) -> None:
-        of = f"/{budget_seconds:.0f}" if budget_seconds is not None else ""
-        text = (
-            f"{seconds:5.0f}{of} s  {totals.cases} cases  {totals.distinct} distinct states  "
-            f"{totals.distinct / max(seconds, 0.001):,.0f}/s  {len(totals.coverage)} pairs of operation and option  "
-            f"{len(totals.violations)} violations"
-        )
-        sys.stderr.write(f"\r{text}\x1b[K")
-        sys.stderr.flush()
-
     try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[done]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("exploring", total=budget_seconds, done="")
+
+        def show(outcome: Outcome) -> None:
+            done = (
+                f"{outcome.totals.states:,} states, {outcome.states_per_second:,.0f}/s, {len(outcome.coverage)} pairs of "
+                f"operation and option, {len(outcome.found) or 'no'} violation{'' if len(outcome.found) == 1 else 's'}"
+            )
+            suite = next(reversed(outcome.suites), "exploring")
+            bar.update(task, completed=min(outcome.seconds, budget_seconds), description=suite, done=done)
+
         yield show
-    finally:
-        sys.stderr.write("\r\x1b[K")
+
+
+def _print(outcome: Outcome) -> None:
+    print(f"{'suite':<12} {'cases':>8} {'states':>12} {'distinct':>12} {'looks':>9} {'violations':>10}")
+    for name, totals in [*outcome.suites.items(), ("total", outcome.totals)]:
+        note = "" if name == "total" or name in outcome.complete else "  (not to its end)"
+        print(
+            f"{name:<12} {totals.cases:>8,} {totals.states:>12,} {totals.distinct:>12,} {totals.looks:>9,} "
+            f"{totals.violations:>10,}{note}"
+        )
+    how = "every state of each case was judged"
+    if not outcome.exhaustive:
+        how = f"sampled at {outcome.totals.sampled:,} instants, {outcome.totals.cut} cases half judged"
+    print(
+        f"{', '.join(outcome.settings.models)}; seed {outcome.settings.seed}; {outcome.seconds:.1f} s, "
+        f"{outcome.states_per_second:,.0f} states/s; {how}{'; interrupted' if outcome.interrupted else ''}"
+    )
+    for found in outcome.found:
+        print(f"\n{found}")
+    if not outcome.found:
+        print("no violation")
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _natural(text):
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
+    return value

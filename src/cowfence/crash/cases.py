@@ -12,6 +12,7 @@ explored under the power model, with everything that no fence covers still volat
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from cowfence.crash.images import IMAGE, ImageSpec, build, parse_image
 from cowfence.crash.judge import Judge
 from cowfence.crash.kept import KeptWalk
 from cowfence.crash.kill import KillModel
-from cowfence.crash.operations import Step, parse_step
+from cowfence.crash.operations import OPERATIONS, Step, parse_step
 from cowfence.crash.oracles import ALL, Oracle
 from cowfence.crash.runner import EngineSubject, Recording, Run
 from cowfence.crash.witness import edge
@@ -89,17 +90,22 @@ def parse_case(text: str) -> Case:
                 number, _, step = words[1].partition("=")
                 case = replace(case, inside=(*case.inside, (int(number), parse_step(step))))
             elif words[0] == "fault":
-                case = replace(case, fault=Fault(int(words[1]), words[2], words[3] == "forever", words[4]))
+                fault = Fault(int(words[1]), words[2], words[3] == "forever", words[4])
+                fault.plan()
+                case = replace(case, fault=fault)
             elif words[0] == "nested":
                 case = replace(case, nested=Nested(int(words[1]), words[2] == "repair"))
             else:
                 raise Invalid(f"{part!r} is no part of a case")
-        except (IndexError, ValueError):
+        except (IndexError, KeyError, ValueError):
             raise Invalid(f"{part!r} is no part of a case") from None
+    for _, inner in case.inside:
+        if OPERATIONS[inner.verb].request is None:
+            raise Invalid(f"{inner.verb} cannot be carried out inside another call")
     size = build(case.image).size_bytes
-    for tried in (*case.script, *(step for _, step in case.inside)):
-        if tried.offset + tried.length_bytes > size:
-            raise Invalid(f"{tried} lies past the end of the disk of {size} bytes")
+    for each in (*case.script, *(inner for _, inner in case.inside)):
+        if each.offset + each.length_bytes > size:
+            raise Invalid(f"{each} lies past the end of the disk of {size} bytes")
     return case
 
 
@@ -212,10 +218,17 @@ class Explained:
 
 
 def explain(
-    case: Case, violation: Violation, *, oracles: Sequence[Oracle] = ALL, limit: int = 4096, seed: int = 0
+    case: Case,
+    violation: Violation,
+    *,
+    oracles: Sequence[Oracle] = ALL,
+    limit: int = 4096,
+    seed: int = 0,
+    deadline: float | None = None,
 ) -> Explained:
-    """Shrink operations first, then units, and say what is missing in one sentence."""
-    case, recording, violation = _with_fewer_steps(case, violation, oracles, limit, seed)
+    """Shrink operations first, until the deadline (of the monotonic clock), then units, and say what is missing in one
+    sentence."""
+    case, recording, violation = _with_fewer_steps(case, violation, oracles, limit, seed, deadline)
     subject = EngineSubject(case.image)
     violation.witness = violation.witness.shrunk(subject, oracles, violation.clause)
     verdict = violation.witness.verdict(subject, oracles) or violation.verdict
@@ -225,12 +238,14 @@ def explain(
 
 
 def _with_fewer_steps(
-    case: Case, violation: Violation, oracles: Sequence[Oracle], limit: int, seed: int
+    case: Case, violation: Violation, oracles: Sequence[Oracle], limit: int, seed: int, deadline: float | None
 ) -> tuple[Case, Recording, Violation]:
     """Leave out one step after the other while the same clause stays broken."""
     best = case, record(case), violation
     at = len(case.script) - 1
     while at >= 0 and case.nested is None and case.fault is None:
+        if deadline is not None and time.monotonic() > deadline:
+            break
         script = (*best[0].script[:at], *best[0].script[at + 1 :])
         smaller = replace(best[0], script=script)
         at -= 1
@@ -238,7 +253,8 @@ def _with_fewer_steps(
             continue
         try:
             recording = record(smaller)
-            found = walk(smaller, recording, violation.model, oracles=oracles, limit=limit, seed=seed).violations
+            verdicts = walk(smaller, recording, violation.model, oracles=oracles, limit=limit, seed=seed, deadline=deadline)
+            found = verdicts.violations
         except CowfenceError:
             continue
         if found and found[0].clause == violation.clause:
@@ -246,4 +262,15 @@ def _with_fewer_steps(
     return best
 
 
-__all__ = ["Case", "Explained", "Fault", "Judge", "Nested", "crash_points", "explain", "parse_case", "record", "walk"]
+__all__ = [
+    "Case",
+    "Explained",
+    "Fault",
+    "Judge",
+    "Nested",
+    "crash_points",
+    "explain",
+    "parse_case",
+    "record",
+    "walk",
+]

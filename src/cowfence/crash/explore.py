@@ -26,6 +26,8 @@ from cowfence.units import SECTOR_BYTES
 
 Model: TypeAlias = Literal["kill", "power", "power4096"]
 MODELS: Final[tuple[Model, ...]] = ("kill", "power", "power4096")
+_STATES_PER_GLANCE: Final = 64
+"""At the clock, inside one instant: it can have thousands of states."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,8 @@ class Verdicts:
     looks: int = 0
     instants: int = 0
     sampled: int = 0
+    cut: bool = False
+    """The deadline came before the end of the log."""
     seconds: float = 0.0
     violations: list[Violation] = field(default_factory=list)
     per_point: dict[int, int] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class Verdicts:
 
     @property
     def exhaustive(self) -> bool:
-        return not self.sampled
+        return not self.sampled and not self.cut
 
 
 def device_of(model: Model, recording: Recording, *, limit: int, seed: int) -> Device:
@@ -147,13 +151,21 @@ class Walk:
                 if verdict is not None:
                     result.violations.append(self._violation(state, verdict, position, after))
                     if len(result.violations) >= self._stop_at:
-                        return self._finish(began)
+                        break
+                if not count % _STATES_PER_GLANCE and self._is_over():
+                    break
             if count:
                 result.instants += 1
                 result.per_point[position] = count
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if len(result.violations) >= self._stop_at or result.cut or self._is_over():
                 break
         return self._finish(began)
+
+    def _is_over(self) -> bool:
+        """Whether the deadline has come."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.result.cut = True
+        return self.result.cut
 
     def _finish(self, began: float) -> Verdicts:
         result = self.result

@@ -112,6 +112,10 @@ def build(spec: ImageSpec) -> Built:
     """The image of a description. Raises Invalid for what cannot be."""
     if spec.version == 2 and spec.refcount_bits != 16:
         raise Invalid("version 2 has refcounts of 16 bits")
+    if spec.cluster_bytes < SECTOR_BYTES:
+        raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
+    if spec.snapshots > 2:
+        raise Invalid("these small images have room for two snapshots")
     if spec.snapshots and spec.refcount_bits == 1:
         raise Invalid("a snapshot needs refcounts of two bits or more")
     size = disk_bytes(spec)

@@ -83,7 +83,8 @@ class ReportCoverage:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that the page says. ``sampled``: states chosen by chance where not all were judged; 0: it was exhaustive."""
+    """Everything that the page says. ``sampled``: at how many instants the states were too many, so that a
+    seeded sample was judged; 0: it was exhaustive."""
 
     command: str
     seed: int | None
@@ -113,12 +114,19 @@ def stage_of(kind: str, mark: str) -> Stage:
     return "other"
 
 
-def render(report: Report) -> str:
-    """The page. Raises Invalid where jinja2 is not installed."""
+def check_renderer() -> None:
+    """Raises Invalid where jinja2 is not installed."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        import jinja2  # noqa: F401
     except ImportError as error:
         raise Invalid("an HTML report needs jinja2: pip install 'cowfence[report]'") from error
+
+
+def render(report: Report) -> str:
+    """The page. Raises Invalid where jinja2 is not installed."""
+    check_renderer()
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,}"
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")

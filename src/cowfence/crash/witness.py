@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cowfence.crash.device import Base, Choice, CrashState
-from cowfence.crash.judge import Judge, Subject
+from cowfence.crash.judge import Judge, Seen, Subject
 from cowfence.crash.model import GuestModel
 from cowfence.crash.oracles import Oracle, Verdict
 from cowfence.crash.structure import locate
@@ -77,10 +77,14 @@ class Witness:
         overrides = {choice.unit: choice.versions[at] for choice, at in zip(self.choices, held, strict=True) if at}
         return CrashState((0, tuple(self.lengths.values())), bases, overrides, self.lengths, [])
 
+    def seen(self, subject: Subject, held: Sequence[int] | None = None) -> Seen:
+        """What it shows, or what it would show with these versions."""
+        judge = Judge(subject, self.guest.initial, unit_bytes=self.unit_bytes)
+        return judge.look(self._state([choice.held for choice in self.choices] if held is None else held))
+
     def verdict(self, subject: Subject, oracles: Sequence[Oracle], held: Sequence[int] | None = None) -> Verdict | None:
         """Judge it anew, or what it would be with these versions."""
-        judge = Judge(subject, self.guest.initial, unit_bytes=self.unit_bytes)
-        seen = judge.look(self._state([choice.held for choice in self.choices] if held is None else held))
+        seen = self.seen(subject, held)
         for oracle in oracles:
             verdict = oracle.judge(seen, self.guest)
             if verdict is not None:

@@ -15,6 +15,7 @@ from typing import Final
 from cowfence.crash.cases import Case, Fault, Nested, crash_points, record
 from cowfence.crash.images import AGED, ImageSpec, disk_bytes
 from cowfence.crash.operations import OPERATIONS, Step
+from cowfence.crash.runner import Recording
 
 FLUSH: Final = Step("flush")
 
@@ -122,13 +123,26 @@ def three(images: Sequence[ImageSpec]) -> Iterator[Case]:
             yield Case(image, (first, second, FLUSH, third, FLUSH))
 
 
+def _recorded(case: Case) -> Recording | None:
+    """The run that is to be disturbed; None where the engine cannot even carry it out, which whoever judges the case itself
+    will find."""
+    try:
+        return record(case)
+    except Exception:
+        return None
+
+
 def interleaved(images: Sequence[ImageSpec]) -> Iterator[Case]:
     """Every operation that can be carried out inside another call, inside each call of each of the covering sequences."""
     for image in images:
         inner = [step for step in covering_steps(image) if OPERATIONS[step.verb].request is not None]
         for first in covering_steps(image):
             script = (first, FLUSH, Step("write", (AGED["free"] + 1) * image.cluster_bytes, image.cluster_bytes), FLUSH)
-            for number in range(record(Case(image, script)).calls):
+            recording = _recorded(Case(image, script))
+            if recording is None:
+                yield Case(image, script)
+                continue
+            for number in range(recording.calls):
                 for step in inner:
                     yield Case(image, script, inside=((number, step),))
 
@@ -140,7 +154,11 @@ def faulted(images: Sequence[ImageSpec]) -> Iterator[Case]:
             if first.verb in ("kill", "repair", "reopen", "read", "flush"):
                 continue
             script = (first, FLUSH, Step("write", (AGED["free"] + 1) * image.cluster_bytes, image.cluster_bytes), FLUSH)
-            marks = [getattr(entry, "mark", "open.fence") for entry in record(Case(image, script)).entries]
+            recording = _recorded(Case(image, script))
+            if recording is None:
+                yield Case(image, script)
+                continue
+            marks = [getattr(entry, "mark", "open.fence") for entry in recording.entries]
             total = sum(1 for mark in marks if mark != "open.fence")
             for nth in range(1, total + 1):
                 for error, for_good, arrived in (
@@ -160,7 +178,11 @@ def nested(images: Sequence[ImageSpec]) -> Iterator[Case]:
             if first.verb in ("kill", "repair", "read"):
                 continue
             script = (first, FLUSH)
-            for position in crash_points(record(Case(image, script))):
+            recording = _recorded(Case(image, script))
+            if recording is None:
+                yield Case(image, script)
+                continue
+            for position in crash_points(recording):
                 for repair in (False, True):
                     yield Case(image, script, nested=Nested(position, repair))
 
