@@ -15,6 +15,7 @@ import pytest
 import cowfence
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import CowfenceError, Invalid, Locked
+from cowfence.keeper import start
 from cowfence.nbd.client import NbdDisk
 from cowfence.ops.check import check
 from cowfence.storage import locks
@@ -315,6 +316,77 @@ def test_a_keeper_that_does_not_start_is_said_and_nothing_stays_open(image: Path
     cowfence.open(image, writable=True).close()
 
 
+def test_a_keeper_starts_beside_many_open_files(image: Path) -> None:
+    text = """
+import os, resource, sys, cowfence
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+null = os.open("/dev/null", os.O_RDONLY)
+many = [os.dup(null) for _ in range(1100)]
+cowfence.open(sys.argv[1], writable=True, keeper=True).close()
+"""
+    writer = program(text, str(image))
+    assert writer.communicate(timeout=30)[1] == ""
+    assert writer.returncode == 0
+
+
+def test_ctrl_c_while_a_keeper_starts_leaves_none(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupted(_process: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "_await_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cowfence.open(image, writable=True, keeper=True)
+    assert not keepers_for(image)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_keeper_whose_writer_dies_before_it_is_ready_completes_the_work(image: Path) -> None:
+    server, uri = serve(image, "--commit-interval", "1000")
+    write_all(NbdDisk(uri))
+    (first,) = keepers_of(server.pid)
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: set(keepers_of(server.pid)) - {first})
+    (second,) = set(keepers_of(server.pid)) - {first}
+    os.kill(second, signal.SIGSTOP)
+    server.kill()
+    server.wait(30)
+    os.kill(second, signal.SIGCONT)
+    said = killed(server)
+    assert "Traceback" not in said
+    assert "were completed" in said
+    assert kept(image) == WRITES
+
+
+def test_a_fork_in_the_middle_of_a_note_disowns_every_disk(image: Path) -> None:
+    text = """
+import os, sys, cowfence
+disks = [cowfence.open(path, writable=True, keeper=True) for path in sys.argv[1:]]
+# A thread that computes a checksum has a view of the memory; in the child it never ends.
+views = [memoryview(disk._state.pending.journal._memory)[:8] for disk in disks]
+child = os.fork()
+if not child:
+    for disk in disks:
+        try:
+            disk.read(0, 1)
+            os._exit(1)
+        except cowfence.Closed:
+            pass
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+del views
+for disk in disks:
+    disk.close()
+sys.exit(code)
+"""
+    other = image.with_name("other.qcow2")
+    cowfence.create(other, MIB).close()
+    writer = program(text, str(image), str(other))
+    assert writer.communicate(timeout=30)[1] == ""
+    assert writer.returncode == 0
+
+
 def test_a_keeper_is_small_and_holds_nothing_else(image: Path) -> None:
     with cowfence.open(image, writable=True, keeper=True):
         (keeper,) = keepers_of(os.getpid())
@@ -339,7 +411,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert writer.stdout.readline() == "unlocked\n"
     other = FileStorage.open(image, writable=True)
     before = image.read_bytes()
-    assert "completed" not in writer.communicate("\n", timeout=30)[1]
+    said = writer.communicate("\n", timeout=30)[1]
+    assert "its lock was gone" in said
+    assert "completed" not in said
     assert image.read_bytes() == before
     other.close()
 

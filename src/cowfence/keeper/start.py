@@ -98,15 +98,16 @@ class KeptJournal(Journal):
                 os.close(writer)
         finally:
             os.close(own)
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            if select.select([stdout], [], [], _READY_SECONDS)[0] and os.read(stdout.fileno(), 16) == b"ready\n":
-                return process
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
-        raise OSError(f"it did not say that it is ready (exit code {process.returncode})")
+        try:
+            _await_ready(process)
+        except BaseException:
+            # Ctrl-C comes here too: a keeper that nobody knows of would stay until our end.
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+            raise
+        return process
 
     def _watch(self) -> None:
         """Replace a keeper that dies. Pauses between those that die young, so that a broken host is not kept busy."""
@@ -173,8 +174,23 @@ class KeptJournal(Journal):
         if self._life_fd >= 0:
             os.close(self._life_fd)
         if self._memory is not None:
-            self.release()
-            self._memory.close()
+            # In a forked child, a thread that is no more may have held a view of it for ever: then it ends with the child.
+            with suppress(BufferError):
+                self.release()
+                self._memory.close()
+
+
+def _await_ready(process: subprocess.Popen[bytes]) -> None:
+    """Until the keeper says that it is ready. Raises OSError where it does not."""
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        # Not select(), which has no word for descriptors past 1023.
+        poll = select.poll()
+        poll.register(stdout, select.POLLIN)
+        if poll.poll(_READY_SECONDS * 1000) and os.read(stdout.fileno(), 16) == b"ready\n":
+            return
+    process.kill()
+    raise OSError(f"it did not say that it is ready (exit code {process.wait()})")
 
 
 def _close_input(process: subprocess.Popen[bytes]) -> None:
