@@ -21,6 +21,7 @@ from cowfence.ops.check import check
 from cowfence.storage import locks
 from cowfence.storage.file import FileStorage
 from cowfence.units import KIB, MIB
+from helpers_cli import COWFENCE, ENVIRONMENT
 from helpers_keeper import keepers_for, keepers_of, program, serve, wait_for
 from judges import run
 
@@ -314,6 +315,42 @@ def test_a_keeper_that_does_not_start_is_said_and_nothing_stays_open(image: Path
             cowfence.open(image, writable=True, keeper=True)
     assert len(os.listdir("/proc/self/fd")) == before
     cowfence.open(image, writable=True).close()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_server_with_closed_standard_streams_keeps_its_promises(image: Path, closed: str) -> None:
+    """The image must not take the number of a stream: what the keeper says at the end would be written into it."""
+    path = image.with_name("sock")
+    said = image.with_name("said")
+    streams = "".join(
+        f" {number}>{said}{number}" for number in (1, 2) if f"{'' if number == 1 else number}>&-" not in closed.split()
+    )
+    words = [*COWFENCE, "serve", "--commit-interval", "1000", "--socket", str(path), str(image)]
+    server = subprocess.Popen(["/bin/sh", "-c", f'exec "$@" {streams} {closed}', "sh", *words], env=ENVIRONMENT)
+    wait_for(lambda: path.exists() or server.poll() is not None)
+    write_all(NbdDisk(f"nbd+unix:///?socket={path}"))
+    assert not {os.path.realpath(f"/proc/{server.pid}/fd/{number}") for number in (0, 1, 2)} & {str(image)}
+    server.kill()
+    server.wait(30)
+    wait_for(lambda: not keepers_for(image))
+    assert kept(image) == WRITES
+
+
+def test_a_library_with_closed_standard_streams_keeps_its_promises(image: Path) -> None:
+    text = """
+import os, signal, sys
+for number in (0, 2):
+    os.close(number)
+sys.__stderr__ = None
+import cowfence
+disk = cowfence.open(sys.argv[1], writable=True, keeper=True, commit_interval=None)
+disk.write(0, b"kept")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    program(text, str(image)).communicate(timeout=30)
+    wait_for(lambda: not keepers_for(image))
+    with cowfence.open(image) as disk:
+        assert disk.read(0, 4) == b"kept"
 
 
 def test_a_keeper_starts_beside_many_open_files(image: Path) -> None:

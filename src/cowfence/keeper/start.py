@@ -34,6 +34,7 @@ from typing import Final
 from cowfence.errors import CowfenceError
 from cowfence.qcow2.journal import Journal
 from cowfence.storage.file import FileStorage
+from cowfence.storage.host import above_standard
 from cowfence.storage.locks import WRITER_BYTE, hold_byte
 from cowfence.units import MIB
 
@@ -54,7 +55,7 @@ class KeptJournal(Journal):
         self._guard = threading.Lock()
         """Held while the process is started or ended."""
         self._closing = threading.Event()
-        self._memory_fd = os.memfd_create("cowfence-journal", os.MFD_CLOEXEC)
+        self._memory_fd = above_standard(os.memfd_create("cowfence-journal", os.MFD_CLOEXEC))
         self._memory: mmap.mmap | None = None
         self._life_fd = -1
         """Not shared with anybody, so that it ends with us: see ``cowfence.storage.locks``."""
@@ -63,7 +64,7 @@ class KeptJournal(Journal):
             self._memory = mmap.mmap(self._memory_fd, _MEMORY_BYTES)
             self.clear(self._memory)
             super().__init__(self._memory)
-            self._life_fd = os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            self._life_fd = above_standard(os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
             hold_byte(self._life_fd, WRITER_BYTE)
             self._process = self._start()
         except BaseException:
@@ -79,9 +80,9 @@ class KeptJournal(Journal):
 
     def _start(self) -> subprocess.Popen[bytes]:
         image = self._storage.fileno()
-        own = os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC)
+        own = above_standard(os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC))
         try:
-            writer = os.pidfd_open(os.getpid())
+            writer = above_standard(os.pidfd_open(os.getpid()))
             try:
                 descriptors = (image, own, self._memory_fd, writer)
                 process = subprocess.Popen(
@@ -89,6 +90,8 @@ class KeptJournal(Journal):
                     bufsize=0,  # No buffer, no lock of it that a fork could inherit.
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # Ours, unless it was closed: then the number may stand for any file by now.
+                    stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
                     pass_fds=descriptors,
                     cwd="/",
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)},
