@@ -332,7 +332,7 @@ def test_a_fence_of_another_file_covers_nothing() -> None:
 def test_files_lose_their_operations_independently_of_each_other() -> None:
     run = run_of(Write("IMG", 0, b"a" * 512, "a"), Write("BASE", 0, b"b" * 512, "b"))
     for grain in ("operations", "sectors"):
-        walk = Walk(run, "power", grain=grain)  # type: ignore[arg-type]
+        walk = Walk(run, "power", grain=grain)
         found = {tuple(content[0] for content in item.state.contents().values()) for item in walk if isinstance(item, Crash)}
         assert found == {(97, 0), (0, 98), (97, 98)}
         assert not walk.sampled
@@ -366,7 +366,8 @@ def test_states_of_whole_operations_are_states_of_the_power_model(operations: li
 
     def states(grain: Grain) -> set[tuple[bytes, ...]]:
         walk = Walk(run, "power", grain=grain, limit=1 << 14)
-        found, keys = set(), {}
+        found: set[tuple[bytes, ...]] = set()
+        keys: dict[object, dict[str, bytes]] = {}
         for crash in (item for item in walk if isinstance(item, Crash)):
             files = crash.state.contents()
             found.add(tuple(files.values()))
