@@ -11,11 +11,12 @@ import errno
 import io
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cowfence.crash import foreign_judge, fuse, logfile
@@ -23,7 +24,7 @@ from cowfence.crash.foreign import Workload, judge, record
 from cowfence.crash.foreign_explain import value_words
 from cowfence.crash.foreign_judge import ForeignViolation, judge_run
 from cowfence.crash.foreign_run import ForeignRun, apply, replay
-from cowfence.crash.foreign_states import CrashedFiles, Model, Walk
+from cowfence.crash.foreign_states import Crash, Grain, Model, Walk
 from cowfence.crash.foreign_view import look
 from cowfence.crash.fuse import FuseRecorder
 from cowfence.crash.judging import judge_workload, workload_of_text
@@ -303,7 +304,7 @@ def run_of(*operations: Operation, initial: bytes = bytes(2048)) -> ForeignRun:
 
 
 def contents(run: ForeignRun, model: Model, **options: str) -> set[bytes]:
-    return {item.files["IMG"] for item in Walk(run, model, **options) if isinstance(item, CrashedFiles)}  # type: ignore[arg-type]
+    return {item.state.contents()["IMG"] for item in Walk(run, model, **options) if isinstance(item, Crash)}  # type: ignore[arg-type]
 
 
 def test_whole_operations_are_dropped_only_while_no_fence_covers_them() -> None:
@@ -326,6 +327,59 @@ def test_a_fence_of_another_file_covers_nothing() -> None:
     a, b = Write("IMG", 0, b"a" * 512, "a"), Write("IMG", 512, b"b" * 512, "b")
     run = run_of(a, Fence("BASE", "f"), b)
     assert bytes(512) + b"b" * 512 + bytes(1024) in contents(run, "power", grain="operations")
+
+
+def test_files_lose_their_operations_independently_of_each_other() -> None:
+    run = run_of(Write("IMG", 0, b"a" * 512, "a"), Write("BASE", 0, b"b" * 512, "b"))
+    for grain in ("operations", "sectors"):
+        walk = Walk(run, "power", grain=grain)
+        found = {tuple(content[0] for content in item.state.contents().values()) for item in walk if isinstance(item, Crash)}
+        assert found == {(97, 0), (0, 98), (97, 98)}
+        assert not walk.sampled
+
+
+def test_an_operation_that_did_not_arrive_makes_its_file_no_longer() -> None:
+    run = run_of(Write("IMG", 2048, b"a" * 512, "a"), Write("IMG", 0, b"b" * 512, "b"))
+    assert {len(content) for content in contents(run, "power", grain="operations") if content[0]} == {2048, 2560}
+
+
+_PLACES = st.sampled_from([0, 512, 520, 1000, 1024, 2048])
+_FILES = st.sampled_from(["IMG", "BASE"])
+_OPERATIONS = st.one_of(
+    st.builds(Write, _FILES, _PLACES, st.sampled_from([b"a" * 8, b"b" * 512, b"c" * 1000]), st.just("w")),
+    st.builds(Zero, _FILES, _PLACES, st.sampled_from([100, 512]), st.just("z")),
+    st.builds(Truncate, _FILES, st.sampled_from([0, 700, 1536, 3000]), st.just("t")),
+    st.builds(Fence, _FILES, st.just("f")),
+)
+
+
+@given(st.lists(_OPERATIONS, max_size=6), st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_states_of_whole_operations_are_states_of_the_power_model(operations: list[Operation], order: random.Random) -> None:
+    """Also where operations overlap within a sector, and where they end in another order than they began."""
+    log, under_way = OpLog(), []
+    for operation in operations:
+        under_way.append(log.append(operation))
+        while under_way and order.random() < 0.6:
+            log.append(Done(under_way.pop(order.randrange(len(under_way)))))
+    run = ForeignRun({"IMG": b"i" * 2048, "BASE": b""}, b"", log.entries(), "nobody", ())
+
+    def states(grain: Grain) -> set[tuple[bytes, ...]]:
+        walk = Walk(run, "power", grain=grain, limit=1 << 14)
+        found: set[tuple[bytes, ...]] = set()
+        keys: dict[object, dict[str, bytes]] = {}
+        for crash in (item for item in walk if isinstance(item, Crash)):
+            files = crash.state.contents()
+            found.add(tuple(files.values()))
+            assert keys.setdefault(crash.state.key, files) == files
+            for file, content in files.items():
+                units = [crash.state.unit_data((file, number)) for number in range(8)]
+                assert b"".join(units) == content.ljust(4096, b"\0")
+        assume(not walk.sampled)
+        return found
+
+    whole, all_states = states("operations"), states("sectors")
+    assert whole <= all_states | {(b"i" * 2048, b"")}
 
 
 def test_replaying_follows_truncation_and_growth() -> None:

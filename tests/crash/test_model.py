@@ -56,3 +56,22 @@ def test_a_forced_write_is_durable_alone() -> None:
     model.end_durable(forced)
     assert not list(model.wrong_sectors({1: NEW}))
     assert list(model.wrong_sectors({0: NEW}))
+
+
+def test_a_sector_that_was_only_looked_at_is_judged_like_any_other() -> None:
+    model = GuestModel(bytes(2048))
+    model.begin_write(0, b"a" * 512)
+    foreign = {2: b"f" * 512}
+    assert list(model.wrong_sectors(foreign)) == [(2, b"f" * 512)]
+    assert model.readable(2) == {bytes(512)}
+    assert model.allowed(2) == [bytes(512)]
+    assert list(model.wrong_sectors(foreign)) == [(2, b"f" * 512)]
+
+
+def test_what_is_flushed_is_told_apart_from_what_is_not() -> None:
+    model = GuestModel(bytes(1024))
+    token = model.begin_write(0, b"a" * 512)
+    assert (model.flushed(0), model.is_flushed(0), model.is_flushed(1)) == ((bytes(512),), False, True)
+    model.end(token)
+    model.end_flush(model.begin_flush())
+    assert (model.flushed(0), model.is_flushed(0)) == ((b"a" * 512,), True)

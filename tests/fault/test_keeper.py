@@ -15,11 +15,13 @@ import pytest
 import cowfence
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import CowfenceError, Invalid, Locked
+from cowfence.keeper import start
 from cowfence.nbd.client import NbdDisk
 from cowfence.ops.check import check
 from cowfence.storage import locks
 from cowfence.storage.file import FileStorage
 from cowfence.units import KIB, MIB
+from helpers_cli import COWFENCE, ENVIRONMENT
 from helpers_keeper import keepers_for, keepers_of, program, serve, wait_for
 from judges import run
 
@@ -315,6 +317,113 @@ def test_a_keeper_that_does_not_start_is_said_and_nothing_stays_open(image: Path
     cowfence.open(image, writable=True).close()
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_server_with_closed_standard_streams_keeps_its_promises(image: Path, closed: str) -> None:
+    """The image must not take the number of a stream: what the keeper says at the end would be written into it."""
+    path = image.with_name("sock")
+    said = image.with_name("said")
+    streams = "".join(
+        f" {number}>{said}{number}" for number in (1, 2) if f"{'' if number == 1 else number}>&-" not in closed.split()
+    )
+    words = [*COWFENCE, "serve", "--commit-interval", "1000", "--socket", str(path), str(image)]
+    server = subprocess.Popen(["/bin/sh", "-c", f'exec "$@" {streams} {closed}', "sh", *words], env=ENVIRONMENT)
+    wait_for(lambda: path.exists() or server.poll() is not None)
+    write_all(NbdDisk(f"nbd+unix:///?socket={path}"))
+    assert not {os.path.realpath(f"/proc/{server.pid}/fd/{number}") for number in (0, 1, 2)} & {str(image)}
+    server.kill()
+    server.wait(30)
+    wait_for(lambda: not keepers_for(image))
+    assert kept(image) == WRITES
+
+
+def test_a_library_with_closed_standard_streams_keeps_its_promises(image: Path) -> None:
+    text = """
+import os, signal, sys
+for number in (0, 2):
+    os.close(number)
+sys.__stderr__ = None
+import cowfence
+disk = cowfence.open(sys.argv[1], writable=True, keeper=True, commit_interval=None)
+disk.write(0, b"kept")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    program(text, str(image)).communicate(timeout=30)
+    wait_for(lambda: not keepers_for(image))
+    with cowfence.open(image) as disk:
+        assert disk.read(0, 4) == b"kept"
+
+
+def test_a_keeper_starts_beside_many_open_files(image: Path) -> None:
+    text = """
+import os, resource, sys, cowfence
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+null = os.open("/dev/null", os.O_RDONLY)
+many = [os.dup(null) for _ in range(1100)]
+cowfence.open(sys.argv[1], writable=True, keeper=True).close()
+"""
+    writer = program(text, str(image))
+    assert writer.communicate(timeout=30)[1] == ""
+    assert writer.returncode == 0
+
+
+def test_ctrl_c_while_a_keeper_starts_leaves_none(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupted(_process: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "_await_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cowfence.open(image, writable=True, keeper=True)
+    assert not keepers_for(image)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_keeper_whose_writer_dies_before_it_is_ready_completes_the_work(image: Path) -> None:
+    server, uri = serve(image, "--commit-interval", "1000")
+    write_all(NbdDisk(uri))
+    (first,) = keepers_of(server.pid)
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: set(keepers_of(server.pid)) - {first})
+    (second,) = set(keepers_of(server.pid)) - {first}
+    os.kill(second, signal.SIGSTOP)
+    server.kill()
+    server.wait(30)
+    os.kill(second, signal.SIGCONT)
+    said = killed(server)
+    assert "Traceback" not in said
+    assert "were completed" in said
+    assert kept(image) == WRITES
+
+
+def test_a_fork_in_the_middle_of_a_note_disowns_every_disk(image: Path) -> None:
+    text = """
+import os, sys, cowfence
+disks = [cowfence.open(path, writable=True, keeper=True) for path in sys.argv[1:]]
+# A thread that computes a checksum has a view of the memory; in the child it never ends.
+views = [memoryview(disk._state.pending.journal._memory)[:8] for disk in disks]
+child = os.fork()
+if not child:
+    for disk in disks:
+        try:
+            disk.read(0, 1)
+            os._exit(1)
+        except cowfence.Closed:
+            pass
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+del views
+for disk in disks:
+    disk.close()
+sys.exit(code)
+"""
+    other = image.with_name("other.qcow2")
+    cowfence.create(other, MIB).close()
+    writer = program(text, str(image), str(other))
+    assert writer.communicate(timeout=30)[1] == ""
+    assert writer.returncode == 0
+
+
 def test_a_keeper_is_small_and_holds_nothing_else(image: Path) -> None:
     with cowfence.open(image, writable=True, keeper=True):
         (keeper,) = keepers_of(os.getpid())
@@ -339,7 +448,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert writer.stdout.readline() == "unlocked\n"
     other = FileStorage.open(image, writable=True)
     before = image.read_bytes()
-    assert "completed" not in writer.communicate("\n", timeout=30)[1]
+    said = writer.communicate("\n", timeout=30)[1]
+    assert "its lock was gone" in said
+    assert "completed" not in said
     assert image.read_bytes() == before
     other.close()
 

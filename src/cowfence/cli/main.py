@@ -78,6 +78,7 @@ class _Parser(argparse.ArgumentParser):
 def entry(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code. Prints no traceback for what users can cause."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         code = _run(words)
         # Here, not at exit: a full disk or a closed pipe has to reach the code below.
@@ -172,6 +173,18 @@ def _valid_text(value: object) -> object:
     if isinstance(value, list):
         return [_valid_text(item) for item in value]
     return value
+
+
+def _open_standard_streams() -> None:
+    """Where one was closed by who started us, it leads nowhere: else the next file that is opened would take its place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest number that is free: this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _drop_unwritable_output() -> None:

@@ -35,6 +35,12 @@ def _hash(unit: Unit, data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=16, salt=_salt(unit[0]) + unit[1].to_bytes(8, "big")).digest(), "big")
 
 
+@lru_cache(maxsize=1 << 16)
+def absent_key(unit: Unit) -> int:
+    """The key of a unit of zeros, or one past the end of its file."""
+    return _hash(unit, b"")
+
+
 class Version:
     """Bytes that a unit had at some time. ``position``: of the operation that wrote them; -1: there before the log."""
 
@@ -118,7 +124,7 @@ class CrashState:
         base = self.bases[unit[0]]
         version = self.overrides.get(unit)
         data = version.data if version is not None else base.unit(unit[1])
-        left = self.lengths[unit[0]] - unit[1] * base.unit_bytes
+        left = max(0, self.lengths[unit[0]] - unit[1] * base.unit_bytes)
         return data[:left].ljust(base.unit_bytes, b"\0") if left < len(data) else data.ljust(base.unit_bytes, b"\0")
 
     def contents(self) -> dict[str, bytes]:

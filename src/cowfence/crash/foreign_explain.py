@@ -11,7 +11,6 @@ import struct
 from typing import NamedTuple
 
 from cowfence.crash.foreign_run import ForeignRun, operation_range
-from cowfence.crash.foreign_states import CrashedFiles
 from cowfence.storage.oplog import Discard, Done, Fence, Note, Operation, Write, Zero
 from cowfence.units import SECTOR_BYTES
 
@@ -76,35 +75,36 @@ def place_of(content: bytes, guest_offset: int) -> Place | None:
     return Place(at, start, start + (1 << bits) if start else 0, compressed=False)
 
 
-def explain(run: ForeignRun, state: CrashedFiles, sector: int) -> str:
-    """Why a state's guest sector does not read as it must, as far as the log tells. Empty where it tells nothing."""
-    place = place_of(state.files[run.image], sector * SECTOR_BYTES)
+def explain(run: ForeignRun, content: bytes, position: int, sector: int) -> str:
+    """Why a guest sector does not read as it must in the image that a crash behind entry ``position`` left, as far as the log
+    tells. Empty where it tells nothing."""
+    place = place_of(content, sector * SECTOR_BYTES)
     if place is None:
         return "no entry leads to it any more"
     if place.start == place.end:
-        return f"its entry at {place.entry_at:#x} leads nowhere" + _replaced(run, state.position, place.entry_at)
+        return f"its entry at {place.entry_at:#x} leads nowhere" + _replaced(run, position, place.entry_at)
     kind = "compressed data" if place.compressed else "cluster"
-    reused = _last_write(run, state.position, place.start, place.end)
+    reused = _last_write(run, position, place.start, place.end)
     if reused is None:
         return f"its L2 entry at {place.entry_at:#x} leads to {kind} at {place.start:#x}, which the run never wrote"
     if not isinstance(run.entries[reused], Write):
         return (
             f"{kind} at {place.start:#x} was given back to the host by {_command_at(run, reused)!r} ({_mark(run, reused)}) "
             f"before the L2 entry at {place.entry_at:#x} that still leads to it was replaced on disk"
-            + _replaced(run, state.position, place.entry_at)
+            + _replaced(run, position, place.entry_at)
         )
-    freed = _last_command_on(run, reused, _cluster_of(state.files[run.image], sector * SECTOR_BYTES))
+    freed = _last_command_on(run, reused, _cluster_of(content, sector * SECTOR_BYTES))
     reuser = _command_at(run, reused)
     told = _mark(run, reused)
     if freed is None or freed == reuser:
         return (
             f"its L2 entry at {place.entry_at:#x} leads to {kind} at {place.start:#x}, last written by {told}"
             + (f" of {reuser!r}" if reuser else "")
-            + _replaced(run, state.position, place.entry_at)
+            + _replaced(run, position, place.entry_at)
         )
     return (
         f"{kind} at {place.start:#x} was freed by {freed!r} and reused by {reuser!r} ({told}) before the L2 entry at "
-        f"{place.entry_at:#x} that still leads to it was replaced on disk" + _replaced(run, state.position, place.entry_at)
+        f"{place.entry_at:#x} that still leads to it was replaced on disk" + _replaced(run, position, place.entry_at)
     )
 
 

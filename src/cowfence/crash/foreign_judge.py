@@ -12,15 +12,15 @@ program means that to happen. False: our contract asks for more than the program
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from cowfence.crash.device import CrashState
 from cowfence.crash.foreign_explain import explain, value_words
 from cowfence.crash.foreign_run import ForeignRun, replay
-from cowfence.crash.foreign_states import CrashedFiles, Grain, Model, Walk
+from cowfence.crash.foreign_states import Crash, Grain, Model, Walk
 from cowfence.crash.foreign_view import View, look
 from cowfence.crash.model import GuestModel
 from cowfence.errors import Invalid
@@ -87,24 +87,12 @@ class _Broken:
 
 
 class _Guest(GuestModel):
-    """The guest's model, which also knows what was discarded, and has words for what it knows."""
+    """The guest's model, which also knows what was discarded."""
 
-    def __init__(self, guest: bytes) -> None:
-        super().__init__(guest)
+    def __init__(self, initial: bytes) -> None:
+        super().__init__(initial)
         self.given_up: set[int] = set()
         """Sectors discarded and not durably written since: whatever they read, nothing of worth is lost."""
-
-    def flushed_value(self, sector: int) -> bytes:
-        """What the last returned flush made durable in a sector."""
-        return self._of(sector)[0].values[0]
-
-    def allowed_values(self, sector: int) -> frozenset[bytes]:
-        """What the sector may hold after a crash."""
-        return frozenset(value for entry in self._of(sector) for value in entry.values)
-
-    def has_changed(self, sector: int) -> bool:
-        """True if something was written to the sector, or discarded, since it was flushed."""
-        return len(self._of(sector)) > 1
 
     def begin_discard(self, offset: int, length_bytes: int) -> int:
         self.given_up.update(range(offset // SECTOR_BYTES, -(-(offset + length_bytes) // SECTOR_BYTES)))
@@ -112,7 +100,7 @@ class _Guest(GuestModel):
 
     def end_flush(self, token: int) -> None:
         super().end_flush(token)
-        self.given_up = {sector for sector in self.given_up if self.has_changed(sector) or len(self._of(sector)[0].values) > 1}
+        self.given_up = {sector for sector in self.given_up if not self.is_flushed(sector) or len(self.flushed(sector)) > 1}
 
 
 class _Expectation:
@@ -134,10 +122,7 @@ class _Expectation:
         """The clause by which the tool that runs is atomic."""
         self._flushes: dict[int, int] = {}
         self._writes: dict[int, int] = {}
-        self._start(run.guest)
-
-    def _start(self, guest: bytes) -> None:
-        self.model = _Guest(guest)
+        self.model = _Guest(run.guest)
 
     def _tool_views(self) -> dict[int, tuple[View, View]]:
         """For each tool of the log, by the position of its first note, the views before and after it."""
@@ -179,10 +164,10 @@ class _Expectation:
         elif note.event == "tool.begin":
             self._atomic_clause = "C7" if " snapshot " in str(fields["command"]) else "C8"
             self.view, self.other = self._tools.get(position, (self.view, None))
-            self._start(self.view.guest)
+            self.model = _Guest(self.view.guest)
         elif note.event == "tool.end" and self.other is not None:
             self.view, self.other = self.other, None
-            self._start(self.view.guest)
+            self.model = _Guest(self.view.guest)
 
     def broken(self, view: View) -> _Broken | None:
         """The first clause that ``view`` breaks, the worst first; None where it keeps them all."""
@@ -200,8 +185,8 @@ class _Expectation:
 
     def _sectors(self, view: View) -> _Broken | None:
         if self.other is None:
-            changed = self.model.changed_sectors(view.guest.ljust(self.model.size, b"\0"))
-            wrong = [sector for sector, _ in self.model.wrong_sectors(changed)]
+            guest = view.guest[: self.model.size].ljust(self.model.size, b"\0")
+            wrong = [sector for sector, _ in self.model.wrong_sectors(self.model.changed_sectors(guest))]
         else:
             wrong = [sector for sector in _sectors(view.guest) if not self._in_either(view.guest, sector)]
         wrong = sorted({*wrong, *(view.unreadable or ())})
@@ -212,7 +197,7 @@ class _Expectation:
         why = (view.unreadable or {}).get(sector)
         reads = f"an error ({why})" if why else value_words(_at(view.guest, sector), sector)
         flushed = self._flushed(sector)
-        clause = "C3" if self.other is not None or self.model.has_changed(sector) else "C2"
+        clause = "C3" if self.other is not None or not self.model.is_flushed(sector) else "C2"
         what = f"guest sector {sector} was flushed as {value_words(flushed, sector)}, now reads {reads}"
         if not kept:
             what = what.replace(" was flushed as ", " was discarded and had been ")
@@ -222,11 +207,11 @@ class _Expectation:
         return _Broken(clause, what, bool(kept) or bool(why), sector, self._allowed(sector))
 
     def _flushed(self, sector: int) -> bytes:
-        return _at(self.view.guest, sector) if self.other is not None else self.model.flushed_value(sector)
+        return _at(self.view.guest, sector) if self.other is not None else self.model.flushed(sector)[0]
 
     def _allowed(self, sector: int) -> frozenset[bytes]:
         if self.other is None:
-            return self.model.allowed_values(sector)
+            return frozenset(self.model.allowed(sector))
         return frozenset(_at(side.guest, sector).ljust(SECTOR_BYTES, b"\0") for side in (self.view, self.other))
 
     def _in_either(self, guest: bytes, sector: int) -> bool:
@@ -293,15 +278,16 @@ def judge_run(
     grains: tuple[Grain, ...] = ("operations", "sectors") if model == "power" else ("sectors",)
     for grain in grains:
         walk = Walk(run, model, grain=grain, limit=limit, seed=seed)
-        for state, broken in _judged(walk, _Expectation(run), look_once, deadline):
-            why = explain(run, state, broken.sector) if broken.sector is not None else ""
+        for crash, broken in _judged(walk, _Expectation(run), look_once, deadline):
+            files, missing = crash.state.contents(), crash.state.lost()
+            why = explain(run, files[run.image], crash.position, broken.sector) if broken.sector is not None else ""
             key = broken.clause, _without_digits(why or broken.what)
             known = found.get(key)
             if known is None and len(found) >= stop_at:
                 verdicts.exhaustive = False
                 break
-            if known is None or len(state.missing) < len(known.missing):
-                found[key] = _violation(run, model, state, broken, why)
+            if known is None or len(missing) < len(known.missing):
+                found[key] = _violation(run, model, crash.position, missing, files, broken, why)
             found[key].states = 1 + (known.states if known else 0)
     verdicts.exhaustive &= not walk.sampled
     verdicts.violations = list(found.values())
@@ -314,61 +300,61 @@ class _Looker:
     def __init__(self, run: ForeignRun, reopen: Reopen | None, verdicts: ForeignVerdicts) -> None:
         self._run = run
         self._reopen = reopen
-        self._views: dict[bytes, View] = {}
+        self._views: dict[object, View] = {}
         self.verdicts = verdicts
 
-    def __call__(self, files: Mapping[str, bytes], digest: bytes) -> View:
-        view = self._views.get(digest)
+    def __call__(self, state: CrashState) -> View:
+        view = self._views.get(state.key)
         if view is None:
             self.verdicts.distinct += 1
+            files = state.contents()
             view = look(files, self._run.image)
             if view.error is not None and self._reopen is not None:
                 view = look(self._reopen(files), self._run.image)
-            self._views[digest] = view
+            self._views[state.key] = view
         return view
 
 
-def _judged(
-    walk: Walk, expectation: _Expectation, look_once: _Looker, deadline: float
-) -> Iterator[tuple[CrashedFiles, _Broken]]:
-    judged: set[tuple[bytes, int]] = set()
+def _judged(walk: Walk, expectation: _Expectation, look_once: _Looker, deadline: float) -> Iterator[tuple[Crash, _Broken]]:
+    judged: set[tuple[object, int]] = set()
     verdicts = look_once.verdicts
     for item in walk:
-        if not isinstance(item, CrashedFiles):
+        if not isinstance(item, Crash):
             expectation.note(item.position, item.note)
             continue
         if time.monotonic() > deadline:
             verdicts.exhaustive = False
             return
         verdicts.states += 1
-        digest = _digest(item.files)
-        if (digest, expectation.changes) not in judged:
-            judged.add((digest, expectation.changes))
-            broken = expectation.broken(look_once(item.files, digest))
+        known = item.state.key, expectation.changes
+        if known not in judged:
+            judged.add(known)
+            broken = expectation.broken(look_once(item.state))
             if broken is not None:
                 yield item, broken
 
 
-def _digest(files: Mapping[str, bytes]) -> bytes:
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(files):
-        total.update(hashlib.blake2b(files[name], digest_size=16).digest())
-    return total.digest()
-
-
-def _violation(run: ForeignRun, model: Model, state: CrashedFiles, broken: _Broken, why: str) -> ForeignViolation:
+def _violation(
+    run: ForeignRun,
+    model: Model,
+    position: int,
+    missing: tuple[str, ...],
+    files: Mapping[str, bytes],
+    broken: _Broken,
+    why: str,
+) -> ForeignViolation:
     return ForeignViolation(
         clause=broken.clause,
         model=model,
         what=broken.what,
-        position=state.position,
-        after=_mark(run, state.position),
-        missing=state.missing,
+        position=position,
+        after=_mark(run, position),
+        missing=missing,
         breaks_promise=broken.breaks_promise,
         edge=f"{broken.what}; {why}" if why else broken.what,
         sector=broken.sector,
         allowed=broken.allowed,
-        files=state.files,
+        files=files,
     )
 
 

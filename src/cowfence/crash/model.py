@@ -93,6 +93,10 @@ class GuestModel:
             history = self._history[sector] = [_Values(0, (self._initial(sector),), acknowledged=True)]
         return history
 
+    def _known(self, sector: int) -> list[_Values]:
+        """Like ``_of``, for those who only look: a sector that nobody wrote stays one."""
+        return self._history.get(sector) or [_Values(0, (self._initial(sector),), acknowledged=True)]
+
     def _initial(self, sector: int) -> bytes:
         return self.initial[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
 
@@ -195,23 +199,32 @@ class GuestModel:
                 last = max(at for at, entry in enumerate(history) if entry.acknowledged)
                 self._allowed[sector] = {value for entry in history for value in entry.values}
                 self._acknowledged[sector] = {value for entry in history[last:] for value in entry.values}
-        for sector, allowed in (self._acknowledged if acknowledged else self._allowed).items():
+        known = self._acknowledged if acknowledged else self._allowed
+        for sector, allowed in known.items():
             value = changed.get(sector)
             if value is None:
                 value = self._initial(sector)
             if value not in allowed:
                 yield sector, value
         for sector, value in changed.items():
-            if sector not in self._history:
+            if sector not in known:
                 yield sector, value
 
     def allowed(self, sector: int) -> list[bytes]:
         """The values that a sector may have."""
-        return [value for entry in self._of(sector) for value in entry.values]
+        return [value for entry in self._known(sector) for value in entry.values]
+
+    def flushed(self, sector: int) -> tuple[bytes, ...]:
+        """The values that the last returned flush left possible: one, but after a discard."""
+        return self._known(sector)[0].values
+
+    def is_flushed(self, sector: int) -> bool:
+        """True if nothing was written to the sector or discarded since."""
+        return len(self._known(sector)) == 1
 
     def readable(self, sector: int) -> set[bytes]:
         """What a living guest may read now: the last acknowledged value, and all that was begun since or at the same time."""
-        history = self._of(sector)
+        history = self._known(sector)
         last = max(at for at, entry in enumerate(history) if entry.acknowledged)
         return {value for entry in history[last:] for value in entry.values}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cowfence.crash.device import Choice, CrashState, Device, Unit, Version, pieces
+from cowfence.crash.device import Choice, CrashState, Device, Unit, Version, absent_key, pieces
 from cowfence.storage.oplog import Fence, Operation, Truncate
 from cowfence.units import SECTOR_BYTES
 
@@ -200,7 +200,9 @@ class PowerModel(Device):
             name: lengths[at][choice][1] for at, (name, choice) in enumerate(zip(names, pick[len(units) :], strict=True))
         }
         for unit, has, choice in zip(units, versions, pick, strict=False):
-            if choice:
+            if unit[1] * self.unit_bytes >= held_lengths[unit[0]]:
+                key ^= has[0].key ^ absent_key(unit)  # whatever was written there is cut off
+            elif choice:
                 overrides[unit] = has[choice]
                 key ^= has[0].key ^ has[choice].key
         choices = _Choices(units, versions, pick)

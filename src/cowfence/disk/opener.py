@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from cowfence.errors import Refused, from_os_error
+from cowfence.storage.host import above_standard
 
 MAX_DEPTH: Final = 32
 """Backing files below the top image."""
@@ -176,7 +177,7 @@ class Refs(ABC):
             os.close(peek)
         self._check_type(status, shown, kind)
         # Without O_NONBLOCK a FIFO put there since the look would block us; the second look catches it.
-        fd = resolve(access | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = above_standard(resolve(access | os.O_NONBLOCK | os.O_NOCTTY))
         try:
             self._check_type(os.fstat(fd), shown, kind)
             os.set_blocking(fd, True)

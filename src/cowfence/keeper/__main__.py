@@ -33,7 +33,9 @@ def main() -> int:
     journal = Journal(mmap.mmap(memory, os.fstat(memory).st_size))
     storage = FileStorage.from_fd(own, name, writable=True)
     hold_byte(own, KEEPER_BYTE)
-    os.write(_OUTPUT, b"ready\n")
+    # The writer may have died meanwhile. Where we replace another keeper, it may have left something to be done.
+    with suppress(BrokenPipeError):
+        os.write(_OUTPUT, b"ready\n")
     os.close(_OUTPUT)
     _wait(writer, journal)
     return 0 if journal.closed else _finish(journal, storage, image)
@@ -55,7 +57,10 @@ def _wait(writer: int, journal: Journal) -> None:
 
 def _finish(journal: Journal, storage: FileStorage, image: int) -> int:
     if not holds_writers_lock(image, storage.fileno()):
-        return 0
+        if next(journal.unretired(), None) is None:
+            return 0
+        _say(f"{storage.name}: the writer died, and its lock was gone: what it did since its last flush is lost")
+        return 1
     try:
         done = replay(storage, journal)
     finally:

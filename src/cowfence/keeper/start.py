@@ -34,6 +34,7 @@ from typing import Final
 from cowfence.errors import CowfenceError
 from cowfence.qcow2.journal import Journal
 from cowfence.storage.file import FileStorage
+from cowfence.storage.host import above_standard
 from cowfence.storage.locks import WRITER_BYTE, hold_byte
 from cowfence.units import MIB
 
@@ -54,7 +55,7 @@ class KeptJournal(Journal):
         self._guard = threading.Lock()
         """Held while the process is started or ended."""
         self._closing = threading.Event()
-        self._memory_fd = os.memfd_create("cowfence-journal", os.MFD_CLOEXEC)
+        self._memory_fd = above_standard(os.memfd_create("cowfence-journal", os.MFD_CLOEXEC))
         self._memory: mmap.mmap | None = None
         self._life_fd = -1
         """Not shared with anybody, so that it ends with us: see ``cowfence.storage.locks``."""
@@ -63,7 +64,7 @@ class KeptJournal(Journal):
             self._memory = mmap.mmap(self._memory_fd, _MEMORY_BYTES)
             self.clear(self._memory)
             super().__init__(self._memory)
-            self._life_fd = os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            self._life_fd = above_standard(os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
             hold_byte(self._life_fd, WRITER_BYTE)
             self._process = self._start()
         except BaseException:
@@ -79,9 +80,9 @@ class KeptJournal(Journal):
 
     def _start(self) -> subprocess.Popen[bytes]:
         image = self._storage.fileno()
-        own = os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC)
+        own = above_standard(os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC))
         try:
-            writer = os.pidfd_open(os.getpid())
+            writer = above_standard(os.pidfd_open(os.getpid()))
             try:
                 descriptors = (image, own, self._memory_fd, writer)
                 process = subprocess.Popen(
@@ -89,6 +90,8 @@ class KeptJournal(Journal):
                     bufsize=0,  # No buffer, no lock of it that a fork could inherit.
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # Ours, unless it was closed: then the number may stand for any file by now.
+                    stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
                     pass_fds=descriptors,
                     cwd="/",
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)},
@@ -98,15 +101,16 @@ class KeptJournal(Journal):
                 os.close(writer)
         finally:
             os.close(own)
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            if select.select([stdout], [], [], _READY_SECONDS)[0] and os.read(stdout.fileno(), 16) == b"ready\n":
-                return process
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
-        raise OSError(f"it did not say that it is ready (exit code {process.returncode})")
+        try:
+            _await_ready(process)
+        except BaseException:
+            # Ctrl-C comes here too: a keeper that nobody knows of would stay until our end.
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+            raise
+        return process
 
     def _watch(self) -> None:
         """Replace a keeper that dies. Pauses between those that die young, so that a broken host is not kept busy."""
@@ -173,8 +177,23 @@ class KeptJournal(Journal):
         if self._life_fd >= 0:
             os.close(self._life_fd)
         if self._memory is not None:
-            self.release()
-            self._memory.close()
+            # In a forked child, a thread that is no more may have held a view of it for ever: then it ends with the child.
+            with suppress(BufferError):
+                self.release()
+                self._memory.close()
+
+
+def _await_ready(process: subprocess.Popen[bytes]) -> None:
+    """Until the keeper says that it is ready. Raises OSError where it does not."""
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        # Not select(), which has no word for descriptors past 1023.
+        poll = select.poll()
+        poll.register(stdout, select.POLLIN)
+        if poll.poll(_READY_SECONDS * 1000) and os.read(stdout.fileno(), 16) == b"ready\n":
+            return
+    process.kill()
+    raise OSError(f"it did not say that it is ready (exit code {process.wait()})")
 
 
 def _close_input(process: subprocess.Popen[bytes]) -> None:

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from cowfence.errors import Corrupt, CowfenceError
 from cowfence.qcow2.assemble import Options, assemble, claim_all
-from cowfence.qcow2.geometry import OFFSET_MASK
+from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK
 from cowfence.qcow2.header import check_bounds, check_supported, read_header
 from cowfence.qcow2.journal import COPY, FREED, FRESH, HEADER, PLACE_BITS, PLACE_MASK, Group, Journal
 from cowfence.qcow2.layout import Layout
@@ -109,31 +110,50 @@ class _Generation:
 
     def _note_all(self, notes: array[int]) -> None:
         words = iter(notes)
-        for word in words:
-            tag, place = word >> PLACE_BITS, word & PLACE_MASK
-            if tag in _KINDS:
-                self._set(_KINDS[tag], place, next(words))
-            elif tag in (FRESH, COPY):
-                described = next(words)
-                source = (next(words), next(words)) if tag == COPY else (0, 0)
-                self._make(_KINDS[described & 0xFF], place >> 3, described >> 8, *source)
-            elif tag == HEADER:
-                length_bytes = next(words)
-                data = array("Q", [next(words) for _ in range(-(-length_bytes // 8))]).tobytes()[:length_bytes]
-                self._pending.patch_header(place >> 3, data, "header.link")
-            elif tag == FREED:
-                count = next(words)
-                self._pending.free(place, count >> 1, table=bool(count & 1))
-            else:
-                raise Corrupt(f"{self._storage.name}: journal", f"a note has the unknown tag {tag}")
+        try:
+            for word in words:
+                self._note(word >> PLACE_BITS, word & PLACE_MASK, words)
+        except (StopIteration, KeyError):
+            raise self._wrong("a note is cut short, or names a kind of table that there is not") from None
+
+    def _note(self, tag: int, place: int, words: Iterator[int]) -> None:
+        if tag in _KINDS:
+            self._set(_KINDS[tag], place, next(words))
+        elif tag in (FRESH, COPY):
+            described = next(words)
+            source = (next(words), next(words)) if tag == COPY else (0, 0)
+            self._make(_KINDS[described & 0xFF], place >> 3, described >> 8, *source)
+        elif tag == HEADER:
+            offset, length_bytes = place >> 3, next(words)
+            if offset + length_bytes > SECTOR_BYTES:
+                raise self._wrong("a note of header bytes reaches past sector 0")
+            data = array("Q", [next(words) for _ in range(-(-length_bytes // 8))]).tobytes()[:length_bytes]
+            self._pending.patch_header(offset, data, "header.link")
+        elif tag == FREED:
+            count = next(words)
+            self._check_length((count >> 1) << self._geometry.cluster_bits)
+            self._pending.free(place, count >> 1, table=bool(count & 1))
+        else:
+            raise self._wrong(f"a note has the unknown tag {tag}")
+
+    def _check_length(self, length_bytes: int) -> None:
+        """Nothing that a note names is longer than the longest L1 table: what is, would keep us busy for ever."""
+        if length_bytes > MAX_L1_BYTES:
+            raise self._wrong(f"a note is about {length_bytes} bytes")
+
+    def _wrong(self, what: str) -> Corrupt:
+        return Corrupt(f"{self._storage.name}: journal", what)
 
     def _set(self, kind: Kind, place: int, value: int) -> None:
         cluster_bits = self._geometry.cluster_bits
         table = self._table(kind, place >> cluster_bits + 3)
+        if value >> table.bits:
+            raise self._wrong(f"the count {value} has more than {table.bits} bits")
         self._pending.set(table, (place & (8 << cluster_bits) - 1) // table.bits, value)
 
     def _make(self, kind: Kind, offset: int, length_bytes: int, source: int, source_bytes: int) -> None:
         """A new table: zeros, or the beginning of another one."""
+        self._check_length(length_bytes)
         bits, cluster_bytes = self._geometry.cluster_bits, self._geometry.cluster_bytes
         first = offset >> bits
         # The same kind may stand there already, where the writer died after it had linked the table.

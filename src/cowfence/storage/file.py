@@ -119,7 +119,7 @@ class FileStorage:
             # Looked at before it is opened, because opening some devices does something (tapes rewind); and O_NONBLOCK,
             # because a FIFO put there in between would make open wait for ever.
             require_image_kind(name, os.stat(path).st_mode, allow_devices=allow_devices)
-            fd = os.open(path, flags | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
+            fd = host.above_standard(os.open(path, flags | os.O_NONBLOCK | (os.O_DIRECT if direct else 0)))
         except OSError as exc:
             if direct and exc.errno == errno.EINVAL:
                 raise Invalid(f"{name}: its filesystem has no direct I/O (O_DIRECT)") from exc

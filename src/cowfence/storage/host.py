@@ -27,6 +27,20 @@ _STATX_DIO_FIELDS = struct.Struct("=152xII96x")  # struct statx: dio_mem_align a
 _UNKNOWN_ALIGNMENT_BYTES = 4096
 
 
+def above_standard(fd: int) -> int:
+    """``fd``, or in its place one that is neither standard input, output nor error.
+
+    In a program that was started with one of these closed, the next file that is opened gets its number, and what the
+    interpreter, a library or a child process then prints there would be written into the image.
+    """
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
 @functools.cache
 def _function(*names: str) -> Callable[..., int] | None:
     """The first of the C library's functions ``names`` that exists, or None."""

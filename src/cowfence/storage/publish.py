@@ -24,6 +24,7 @@ from typing import Self
 
 from cowfence.errors import from_os_error
 from cowfence.storage.file import FileStorage, require_image_kind
+from cowfence.storage.host import above_standard
 
 _NAME_BYTES_MAX = 255
 
@@ -86,7 +87,7 @@ class NewFile:
         stem = os.fsdecode(os.fsencode(final_name)[: _NAME_BYTES_MAX - len(ending) - 1])
         partial = os.path.join(directory, f".{stem}{ending}")
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fd = above_standard(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         except OSError as exc:
             raise from_os_error(self.path, "create", 0, exc) from exc
         self._partial = partial
