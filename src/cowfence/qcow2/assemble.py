@@ -15,7 +15,7 @@ from cowfence.errors import Corrupt
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
 from cowfence.qcow2.extensions import Autoclear
-from cowfence.qcow2.header import Header
+from cowfence.qcow2.header import Header, check_bounds, check_supported, read_header
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import MetadataReader
@@ -67,23 +67,10 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
     if journal is not None:
         journal.expect(_PIECE_WORDS * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS)
     reader = MetadataReader(storage)
-    l1 = _load(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
-    refcount_table = _load(
-        storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
-    )
     tables = max(1, options.cache_bytes >> header.cluster_bits)
-    refcounts = Refcounts(reader, geometry, refcount_table, pending, max(1, tables // 4))
-    allocator = Allocator(
-        storage.name,
-        refcounts,
-        layout,
-        geometry,
-        pending,
-        file_bytes=storage.size(),
-        holes=storage.capabilities().holes_past_end,
-    )
     reclaimer = ClusterReclaimer()
     committer = Committer(storage, layout, lock, pending, reclaimer, unsafe=options.mode is CacheMode.UNSAFE)
+    l1, refcounts, allocator = _read_tables(storage, header, reader, layout, pending, max(1, tables // 4))
     state = State(
         storage=storage,
         header=header,
@@ -99,7 +86,7 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
         committer=committer,
         reclaimer=reclaimer,
         backing=backing,
-        backing_bytes=min(backing.size, header.size_bytes) if backing is not None else 0,
+        backing_bytes=_backing_bytes(backing, header),
         size=header.size_bytes,
         discards=options.discards and storage.capabilities().punches_holes,
         quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
@@ -108,6 +95,51 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
     )
     reclaimer.state = state
     return state
+
+
+def reassemble(state: State) -> None:
+    """Read everything again from the file, under the lock, with nothing pending and nobody working outside of it.
+
+    Raises what opening the image would raise.
+    """
+    header = read_header(state.storage)
+    check_supported(header, state.storage.name)
+    check_bounds(header, state.storage.size(), state.storage.name)
+    state.header, state.geometry, state.size = header, header.geometry, header.size_bytes
+    state.backing_bytes = _backing_bytes(state.backing, header)
+    state.l2.tables.clear()
+    state.layout.kinds.clear()
+    state.reclaimer.forget()
+    state.l1, state.refcounts, state.allocator = _read_tables(
+        state.storage, header, state.reader, state.layout, state.pending, state.refcounts.blocks.limit
+    )
+    claim_all(state)
+
+
+def _read_tables(
+    storage: Storage, header: Header, reader: MetadataReader, layout: Layout, pending: Pending, blocks: int
+) -> tuple[Table, Refcounts, Allocator]:
+    """The L1 table, and the refcount table with what stands on it. ``blocks``: refcount blocks in memory at most."""
+    geometry = header.geometry
+    l1 = _load(storage, Kind.L1, header.l1_offset, header.l1_entries * 8)
+    refcount_table = _load(
+        storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
+    )
+    refcounts = Refcounts(reader, geometry, refcount_table, pending, blocks)
+    allocator = Allocator(
+        storage.name,
+        refcounts,
+        layout,
+        geometry,
+        pending,
+        file_bytes=storage.size(),
+        holes=storage.capabilities().holes_past_end,
+    )
+    return l1, refcounts, allocator
+
+
+def _backing_bytes(backing: Disk | None, header: Header) -> int:
+    return min(backing.size, header.size_bytes) if backing is not None else 0
 
 
 def _load(storage: Storage, kind: Kind, offset: int, length_bytes: int) -> Table:

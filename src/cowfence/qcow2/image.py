@@ -21,6 +21,7 @@ from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
+from cowfence.qcow2.alteration import Alteration, alter
 from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
@@ -37,6 +38,7 @@ from cowfence.qcow2.header import (
 from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.mapping import RunKind, runs
+from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.write import Writes
@@ -98,7 +100,8 @@ class Qcow2Disk:
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
-        self._reads = Reads(state, self._check, self._end_ticket)
+        self._plans = Plans(state)
+        self._reads = Reads(state, self._enter, self._plans.end_ticket)
         self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
         self._zeroes = Zeroes(state, self._writes)
@@ -214,9 +217,9 @@ class Qcow2Disk:
         end = offset + length_bytes
         while offset < end:
             piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
-            for kind, start, run_bytes, host, _ in self._run(
+            for kind, start, run_bytes, host, _ in self._plans.run(
                 lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait)),  # type: ignore[misc]
-                self._check,
+                lambda start=offset, count=piece: self._enter(start, count),  # type: ignore[misc]
             ):
                 if kind is RunKind.DATA:
                     yield Extent(start, run_bytes, zero=False, data=True, present=True, host_offset=host)
@@ -247,7 +250,11 @@ class Qcow2Disk:
         at = 0
         while at < len(view):
             piece = view[at : at + self._state.piece_bytes]
-            at += self._mutate(lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait))  # type: ignore[misc]
+            at += self._mutate(
+                lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait),  # type: ignore[misc]
+                offset,
+                len(view),
+            )
         self._acknowledge(fua)
 
     def zero(self, offset: int, length_bytes: int, *, unmap: bool = True, fua: bool = False) -> None:
@@ -265,7 +272,18 @@ class Qcow2Disk:
     def _pieces(self, offset: int, length_bytes: int, piece: Callable[[int, int, bool], int]) -> None:
         done = 0
         while done < length_bytes:
-            done += self._mutate(lambda wait, done=done: piece(offset + done, length_bytes - done, wait))  # type: ignore[misc]
+            done += self._mutate(
+                lambda wait, done=done: piece(offset + done, length_bytes - done, wait),  # type: ignore[misc]
+                offset,
+                length_bytes,
+            )
+
+    def _mutate(self, plan: Callable[[bool], int], offset: int, length_bytes: int) -> int:
+        def check() -> None:
+            self._enter(offset, length_bytes)
+            self._check_writable()
+
+        return self._plans.mutate(plan, check)
 
     def flush(self) -> None:
         self._check()
@@ -291,6 +309,7 @@ class Qcow2Disk:
             return
         state = self._state
         with state.lock:
+            self._plans.pass_gate(wait=True)
             self._check()
             if self._features_settled:
                 return
@@ -324,6 +343,7 @@ class Qcow2Disk:
                 and self._features_settled
                 and self._mode is not CacheMode.WRITETHROUGH
                 and committer.broken is None
+                and not self._plans.altering
             )
             plain_end = state.allocator.never_used << bits
             for verb, offset, length_bytes, data, fua, _ in requests:
@@ -452,6 +472,8 @@ class Qcow2Disk:
             return False
         with self._lock:
             self._check_writable()
+            if self._plans.altering:
+                return False
             try:
                 if verb is Verb.ZERO:
                     done = self._zeroes.zero(offset, length_bytes, unmap=unmap, wait=False)
@@ -464,69 +486,19 @@ class Qcow2Disk:
             self._interval.start()
         return done == length_bytes
 
-    # The loop around every plan
+    # Altering the image
 
-    def _run(self, plan: Callable[[bool], T], check: Callable[[], None]) -> T:
-        """Carry out a plan under the lock; satisfy what it needs outside of it, and begin again.
-
-        ``plan`` gets whether it may wait under the lock: only when warming did not help three times. ``check`` raises where the
-        plan is not allowed any more: it is asked under the lock each time.
-        """
-        state = self._state
-        attempts = 0
-        while True:
-            attempts += 1
-            with state.lock:
-                check()
-                try:
-                    result = plan(attempts > 3)
-                    if state.pending.notes:
-                        state.pending.publish()
-                    return result
-                except Cold as cold:
-                    satisfy: Callable[[], object] = cold.warm
-                except NeedsCommit as need:
-                    satisfy = self._satisfier(need)
-                ticket = state.tickets.begin()
-            try:
-                satisfy()
-            finally:
-                self._end_ticket(ticket)
-
-    def _satisfier(self, need: NeedsCommit) -> Callable[[], None]:
-        def satisfy() -> None:
-            self._committer.commit()
-            if need.then is None:
-                return
-            deeper: NeedsCommit | None = None
-            with self._state.lock:
-                if self._state.pending:
-                    # Somebody else was faster; the plan begins again and finds out.
-                    return
-                try:
-                    need.then()
-                except NeedsCommit as again:
-                    deeper = again
-            if deeper is not None:
-                self._satisfier(deeper)()
-            self._committer.commit()
-
-        return satisfy
-
-    def _mutate(self, plan: Callable[[bool], T]) -> T:
-        """``_run`` for a change: when the host or the image has no space left, commit once and use what that frees."""
+    def alter(self, body: Callable[[Alteration], T]) -> T:
+        """Carry out a change of the image as a whole (see ``qcow2.alteration``); guests wait meanwhile, and whatever was
+        written before is durable when it begins. Raises what ``body`` raises."""
+        self._check_writable()
+        self._settle()
         try:
-            return self._run(plan, self._check_writable)
-        except NoSpace:
-            if not self._state.pending.freed_clusters:
-                raise
-        self._committer.commit()
-        return self._run(plan, self._check_writable)
-
-    def _end_ticket(self, ticket: int) -> None:
-        with self._lock:
-            self._state.tickets.end(ticket)
-        self._reclaimer.release()
+            return alter(self._state, self._plans, self._check_writable, body)
+        finally:
+            with self._lock:
+                if self._unready is None:
+                    self._size = self._state.size
 
     # Ending
 
@@ -573,6 +545,11 @@ class Qcow2Disk:
     def _check(self) -> None:
         if self._unready is not None:
             raise self._unready.with_traceback(None)
+
+    def _enter(self, offset: int, length_bytes: int, *, wait: bool = True) -> None:
+        """Under the lock, before each plan: the image may have been closed, or altered, since the call began."""
+        self._plans.pass_gate(wait=wait)
+        self._check_range(offset, length_bytes)
 
     def _check_range(self, offset: int, length_bytes: int) -> None:
         self._check()

@@ -7,6 +7,7 @@ cold is read outside the lock, under a ticket that keeps its host clusters from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from cowfence.codec import decompressor
 from cowfence.errors import Corrupt, WouldBlock
@@ -20,13 +21,19 @@ from cowfence.units import KIB
 _LONG_READ_BYTES = 64 * KIB
 
 
+class Entrance(Protocol):
+    """Raises where a plan must not begin: the image is closed, the range is outside, or ``wait`` is false and it would."""
+
+    def __call__(self, offset: int, length_bytes: int, *, wait: bool = True) -> None: ...
+
+
 class Reads:
     """Reads of one image."""
 
-    def __init__(self, state: State, check: Callable[[], None], end_ticket: Callable[[int], None]) -> None:
-        """``check``: raises once the image is closed. Called under the lock, before each plan."""
+    def __init__(self, state: State, enter: Entrance, end_ticket: Callable[[int], None]) -> None:
+        """``enter``: called under the lock, before each plan, with its range."""
         self._state = state
-        self._check = check
+        self._enter = enter
         self._end_ticket = end_ticket
         self._decompress = decompressor(state.header.compression_type)
         self._last: tuple[int, bytes] = (0, b"")
@@ -38,7 +45,7 @@ class Reads:
         tries = 0
         while True:
             with state.lock:
-                self._check()
+                self._enter(offset, len(view), wait=wait)
                 try:
                     plan = list(runs(state, offset, len(view), wait=tries > 2))
                     self.fill(plan, offset, view, wait=False)

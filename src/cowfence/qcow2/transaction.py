@@ -85,7 +85,7 @@ class Frozen:
     on_linked: list[Callable[[], None]]
     sectors: dict[int, tuple[AnyTable, set[int]]]
     """What each table had dirty, by the table's offset: to take the transaction back if it fails before its end."""
-    header: list[Change]
+    loose: list[Change]
     generation: int
     """The journal's name for it; 0 without a journal."""
 
@@ -99,10 +99,13 @@ class Pending:
 
     changed: dict[int, AnyTable] = field(default_factory=dict)
     """Tables with dirty sectors, and fresh ones, by offset."""
-    header: list[Change] = field(default_factory=list)
+    loose: list[Change] = field(default_factory=list)
+    """What is no entry of a table: header fields, and what an alteration puts."""
     freed: list[Freed] = field(default_factory=list)
     freed_clusters: int = 0
     on_linked: list[Callable[[], None]] = field(default_factory=list)
+    half_linked: bool = False
+    """Among it is what was taken back from a LINK that had begun: on disk it may be old or new."""
     journal: Journal | None = None
     """Where the keeper finds it all, too. None: there is no keeper."""
     notes: list[int] | None = None
@@ -113,7 +116,7 @@ class Pending:
             self.notes = []
 
     def __bool__(self) -> bool:
-        return bool(self.changed or self.header or self.freed)
+        return bool(self.changed or self.loose or self.freed)
 
     def touch(self, table: AnyTable) -> None:
         """``table`` has dirty sectors, or is fresh."""
@@ -147,9 +150,15 @@ class Pending:
     def patch_header(self, offset: int, data: bytes, mark: str) -> None:
         """Change header bytes within sector 0, in LINK."""
         assert offset + len(data) <= SECTOR_BYTES
-        self.header.append(Change(Stage.LINK, 0, offset, data, mark, Kind.HEADER))
+        self.loose.append(Change(Stage.LINK, 0, offset, data, mark, Kind.HEADER))
         if self.notes is not None:
             self.notes += header_notes(offset, data)
+
+    def put(self, stage: Stage, offset: int, data: bytes, mark: str, kind: Kind) -> None:
+        """Bytes at an offset, in PREPARE (nothing leads there yet) or LINK (inside one sector, old or new). For alterations:
+        the keeper does not hear of it."""
+        assert self.notes is None
+        self.loose.append(Change(stage, 0, offset, data, mark, kind))
 
     def publish(self) -> None:
         """Show the keeper what was done: after the data calls have returned, before anything is acknowledged."""
@@ -169,7 +178,7 @@ class Pending:
                 prepare += _sector_changes(table, table.dirty, Stage.PREPARE, "refcount.increment")
             else:
                 link += _sector_changes(table, table.dirty, Stage.LINK, _LINK_MARKS[table.kind])
-        return prepare + link + self.header
+        return prepare + link + self.loose
 
     def freeze(self) -> Frozen:
         """Fix the list of changes; what comes after belongs to the next transaction."""
@@ -182,13 +191,13 @@ class Pending:
             freed=self.freed,
             on_linked=self.on_linked,
             sectors={table.offset: (table, table.dirty) for table in tables},
-            header=self.header,
+            loose=self.loose,
             generation=0 if self.journal is None else self.journal.next_generation(),
         )
         for table in tables:
             table.dirty = set()
             table.frozen = True
-        self.changed, self.header, self.freed, self.on_linked, self.freed_clusters = {}, [], [], [], 0
+        self._forget()
         return frozen
 
     def take_back(self, frozen: Frozen, *, link_begun: bool) -> None:
@@ -202,10 +211,20 @@ class Pending:
             if link_begun and table.fresh:
                 table.fresh = False
             self.changed[offset] = table
-        self.header = frozen.header + self.header
+        self.loose = frozen.loose + self.loose
+        self.half_linked |= link_begun
         self.freed = frozen.freed + self.freed
         self.freed_clusters = sum(entry.clusters for entry in self.freed)
         self.on_linked = frozen.on_linked + self.on_linked
+
+    def drop(self) -> bool:
+        """Forget it all; what is in memory has to be read again. True if some of it may have reached the disk in a LINK."""
+        half_linked, self.half_linked = self.half_linked, False
+        self._forget()
+        return half_linked
+
+    def _forget(self) -> None:
+        self.changed, self.loose, self.freed, self.on_linked, self.freed_clusters = {}, [], [], [], 0
 
 
 def _sector_changes(table: AnyTable, sectors: Iterable[int], stage: Stage, mark: str) -> list[Change]:
@@ -340,6 +359,7 @@ class Committer:
             raise
         # RECLAIM: nothing on disk leads to the old clusters any more. The keeper hears of it before anybody can use them.
         with self._lock:
+            self._pending.half_linked = False
             if self._journal is not None:
                 self._journal.retire(frozen.generation)
             for table in frozen.tables:

@@ -1,0 +1,98 @@
+"""Altering the image as a whole: what changes more than guest data (snapshots, resizing, bitmaps, keys, header fields).
+
+An alteration has the image for itself. Before it begins: all that was pending is committed, no older plan is under way, and
+the gate is closed, so that guests wait and find the image as it is afterwards. It is then a sequence of transactions, each
+made in memory under the lock by a plan, and committed: three stages and their fences, as ever. Every alteration says in its
+own docstring what holds on disk after each of them. When it ends, all is fenced, RECLAIM included, and the state is read
+again from the file, which is the only truth: nothing that an alteration did has to be repeated in memory.
+
+**If it fails** before LINK has begun, its transaction is dropped: on disk are leaked clusters at worst. If LINK itself fails,
+its pointers may be old or new, so nothing more may be written on what we remember: the image is read-only until it is opened
+again (as after a failed fence).
+
+**The keeper** hears nothing of it. All that a guest did before is committed, and an alteration that its process did not
+survive is one that did not happen, or did: each LINK is atomic by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from cowfence.errors import CowfenceError, ReadOnly
+from cowfence.qcow2.assemble import reassemble
+from cowfence.qcow2.plans import Plans
+from cowfence.qcow2.state import State
+
+T = TypeVar("T")
+
+
+class Alteration:
+    """What the body of an alteration works with."""
+
+    def __init__(self, state: State, plans: Plans) -> None:
+        self.state = state
+        self._plans = plans
+
+    def transaction(self, plan: Callable[[], T]) -> T:
+        """Carry out ``plan`` under the lock, and commit what it entered. It may begin several times, so it changes nothing before
+        it has reserved all that it needs."""
+        result = self._plans.run(lambda _: plan(), lambda: None)
+        self.state.committer.commit()
+        return result
+
+    def read_again(self) -> None:
+        """Between two transactions: what follows is planned from what is on disk now."""
+        with self.state.lock:
+            reassemble(self.state)
+
+
+def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[[Alteration], T]) -> T:
+    """Close the gate, carry out ``body``, read the state again, open the gate.
+
+    ``check``: called under the lock once the image is quiet; raises where it must not be written. Raises what ``body`` and the
+    storage raise.
+    """
+    with state.lock:
+        plans.close_gate()
+    try:
+        state.tickets.wait_for_all()
+        state.committer.commit()
+        with state.lock:
+            check()
+            notes, state.pending.notes = state.pending.notes, None
+        try:
+            result = body(Alteration(state, plans))
+            if state.committer.unfenced_reclaim:
+                state.committer.fence("reclaim.fence")
+        except BaseException:
+            _give_up(state)
+            raise
+        finally:
+            with state.lock:
+                state.pending.notes = notes
+                _read_again(state)
+        return result
+    finally:
+        with state.lock:
+            plans.open_gate()
+
+
+def _give_up(state: State) -> None:
+    with state.lock:
+        if state.pending.drop() and state.committer.broken is None:
+            state.committer.broken = ReadOnly(
+                f"{state.storage.name}: altering the image failed half-way; it is read-only until it is opened again"
+            )
+
+
+def _read_again(state: State) -> None:
+    if state.committer.broken is not None:
+        return
+    try:
+        reassemble(state)
+    except CowfenceError as failure:
+        state.committer.broken = ReadOnly(
+            f"{state.storage.name}: it cannot be read any more ({failure}); it is read-only until it is opened again"
+        )
+        raise
