@@ -35,8 +35,8 @@ class Alteration:
         self._plans = plans
 
     def transaction(self, plan: Callable[[], T]) -> T:
-        """Carry out ``plan`` under the lock, and commit what it entered. It may begin several times, so it changes nothing before
-        it has reserved all that it needs."""
+        """Carry out ``plan`` under the lock, and commit what it entered. It may begin several times, so it changes nothing
+        before it has reserved all that it needs."""
         result = self._plans.run(lambda _: plan(), lambda: None)
         self.state.committer.commit()
         return result

@@ -16,15 +16,19 @@ from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.image import Qcow2Disk
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Stage
+from cowfence.storage.base import Storage
 from cowfence.storage.fault import FaultPlan, FaultyStorage
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import Fence, OpLog
 from cowfence.storage.record import RecordingStorage
 from cowfence.units import SECTOR_BYTES
-from crash.scenarios import CLUSTER, image
-from unit.qcow2.test_image import opened
+from crash.scenarios import CLUSTER, image, open_plain
 
 _SIZE_AT = 24
+
+
+def opened(storage: Storage) -> Qcow2Disk:
+    return open_plain(storage, True)
 
 
 def shrink(alteration: Alteration) -> None:
