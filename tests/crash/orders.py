@@ -18,12 +18,15 @@ from cowfence.qcow2.image import Qcow2Disk
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reclaim import ClusterReclaimer
+from cowfence.qcow2.repair import RepairReport, _Repair
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Change, Committer, Freed, Frozen, Pending, Stage, write_changes
+from cowfence.qcow2.verify import Survey
 from cowfence.qcow2.write import Writes
 from cowfence.storage.base import Buffer
 from cowfence.storage.record import RecordingStorage
+from cowfence.storage.wrapper import StorageWrapper
 
 Patch = Callable[[], Any]
 
@@ -291,6 +294,25 @@ def _published_before_data() -> Iterator[None]:
         yield
 
 
+class _Unfenced(StorageWrapper):
+    def fence(self, mark: str) -> None:
+        pass
+
+
+@contextmanager
+def _dirty_bit_first() -> Iterator[None]:
+    true = _Repair.run
+
+    def run(self: _Repair, found: Survey) -> RepairReport:
+        storage, self._storage = self._storage, _Unfenced(self._storage)
+        report = true(self, found)
+        storage.fence("link.fence")
+        return report
+
+    with mock.patch.object(_Repair, "run", run):
+        yield
+
+
 CASES = {
     name: parse_case(text)
     for name, text in {
@@ -308,6 +330,7 @@ CASES = {
         "part": "v3,c4096,r16,t64,aged,s1 | write:512+512 flush",
         "kept": "v3,c512,r16,t64,keeper,aged | write:5120+512 write:2048+512 flush",
         "kept-shared": "v3,c512,r16,t64,s1,keeper,aged | write:0+512 flush",
+        "dirty": "v3,c512,r16,t64,aged,dirty | flush",
         "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",
     }.items()
 }
@@ -379,6 +402,14 @@ MUTANTS = [
         clauses=("C5",),
     ),
     Mutant(
+        "M23 the dirty bit cleared before the rebuilt refcounts are durable",
+        "dirty",
+        _dirty_bit_first,
+        power_only=True,
+        clauses=("C5",),
+        says="`refcount_block.new`",
+    ),
+    Mutant(
         "M33 LINK writes the live sector",
         "inside-fence",
         order("prepare", "fence", "live link", "fence", "reclaim"),
@@ -394,7 +425,6 @@ WAITING = {
     "M20": "compressed write",
     "M21": "header rewrite",
     "M22": "shrink",
-    "M23": "a dirty image among the explorer's",
     "M24": "data file",
     "M26": "bitmaps",
     "M34": "bitmaps",

@@ -48,6 +48,8 @@ class ImageSpec(NamedTuple):
     """Nothing is in the page cache: every read has to wait."""
     keeper: bool = False
     """A keeper watches the writer: after a kill the state is judged when it has done its work (C4)."""
+    dirty: bool = False
+    """Left by an engine that postpones refcounts: the dirty bit is set, and clusters in use have no count."""
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", f"t{self.cache}"]
@@ -58,7 +60,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper", "dirty")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -112,6 +114,8 @@ def build(spec: ImageSpec) -> Built:
     """The image of a description. Raises Invalid for what cannot be."""
     if spec.version == 2 and spec.refcount_bits != 16:
         raise Invalid("version 2 has refcounts of 16 bits")
+    if spec.version == 2 and spec.dirty:
+        raise Invalid("version 2 has no dirty bit")
     if spec.cluster_bytes < SECTOR_BYTES:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
@@ -136,6 +140,8 @@ def build(spec: ImageSpec) -> Built:
         content = snapshotted(content, number)
     if spec.short_l1:
         content = content[:36] + struct.pack(">I", 1) + content[40:]
+    if spec.dirty:
+        content = _dirty(content)
     files = {IMAGE: content}
     if backing is not None:
         files[BACKING] = backing
@@ -279,6 +285,21 @@ def snapshotted(content: bytes, number: int = 0) -> bytes:
     if count:
         patch.count(old // cluster, -1)
     struct.pack_into(">IQ", patch.data, 60, count + 1, table)
+    return bytes(patch.data)
+
+
+def _dirty(content: bytes) -> bytes:
+    """``content`` as lazy refcounts leave it: marked dirty; a cluster of data and its L2 table are counted too low, and one
+    that was let go still has a count."""
+    patch = Patch(content)
+    cluster = 1 << patch.bits
+    l2 = patch.word(patch.word(40)) & _OFFSET
+    if l2:
+        patch.count(l2 // cluster, -1)
+        patch.count((patch.word(l2) & _OFFSET) // cluster, -1)
+    patch.count(patch.append(bytes(cluster)) // cluster, 1)
+    for at, bit in ((72, 1), (80, 1)):
+        patch.put(at, patch.word(at) | bit)
     return bytes(patch.data)
 
 

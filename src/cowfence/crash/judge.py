@@ -193,7 +193,8 @@ class Judge:
             seen.error = str(error)
             return _Leaf(seen, passing)
         if self._live and not seen.structure.findings:
-            seen.problems.extend(_repaired(subject, files, seen, guest))
+            if not seen.structure.dirty:
+                seen.problems.extend(_repaired(subject, files, seen, guest))
             seen.problems.extend(_lived_on(subject, files, seen, guest))
         data = self._data(contents[subject.image], guest, seen.structure, passing)
         passed = {datum.sector for datum in data}

@@ -3,7 +3,8 @@
 It counts the references of an image of a few dozen clusters in plain Python, which for such images is faster than arrays are,
 and it reads what each internal snapshot holds. It shares no code with what it judges. Fatal are: a count below the references,
 a COPIED flag on a cluster with more than one reference, an entry that leads past the end of the file or onto another table,
-reserved bits. A count above the references is a leak.
+reserved bits. A count above the references is a leak. In an image with the dirty bit counts mean nothing until it is rebuilt,
+which opening it for writing does; there they are not judged.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _COPIED: Final = 1 << 63
 _COMPRESSED: Final = 1 << 62
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _BACKING_FORMAT: Final = 0xE2792ACA
+_DIRTY: Final = 1
 
 Touch = Callable[[int, int], None]
 """(offset, length in bytes): told of every range that the verdict rests on."""
@@ -46,6 +48,8 @@ class Structure:
     """Host offsets of the refcount blocks."""
     data: list[tuple[int, int]] = field(default_factory=list)
     """(guest offset, host offset) of each plain data cluster of the active disk."""
+    dirty: bool = False
+    """The dirty bit is set."""
     facts: dict[str, object] = field(default_factory=dict)
     """``size``, ``backing`` (name, format), ``features`` (version, incompatible, compatible, autoclear), ``snapshots``
     ((id, name, size, digest of contents), ...): each is old or new after a crash, never a mix."""
@@ -163,7 +167,9 @@ class _Judge:
                 backing_format = content[at + 8 : at + 8 + length]
             at += 8 + (length + 7 & ~7)
         facts["backing"] = (content[name_at : name_at + name_length] if name_at else b"", backing_format)
-        facts["features"] = (version, *(struct.unpack_from(">QQQ", content, 72) if version >= 3 else ()))
+        incompatible, compatible, autoclear = struct.unpack_from(">QQQ", content, 72) if version >= 3 else (0, 0, 0)
+        self.result.dirty = bool(incompatible & _DIRTY)
+        facts["features"] = (version, incompatible & ~_DIRTY, compatible, autoclear)
 
     def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None, name: str = "") -> None:
         self.result.findings.append(Finding(text, pointer_at, target_at, name))
@@ -269,6 +275,8 @@ class _Judge:
 
     def _counts(self, blocks: tuple[int, ...]) -> None:
         """Every count against the references. A count of 64 bits is as good as any: only differences matter."""
+        if self.result.dirty:
+            return
         width = 1 << self.order
         per_block = (1 << self.bits) * 8 // width
         references = self.references

@@ -38,6 +38,11 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(keeper=True, aged=True),
         ImageSpec(keeper=True, aged=True, snapshots=1, cache=1),
         ImageSpec(keeper=True, refcount_bits=64, full=True),
+        ImageSpec(dirty=True),
+        ImageSpec(dirty=True, aged=True),
+        ImageSpec(dirty=True, aged=True, refcount_bits=1),
+        ImageSpec(dirty=True, aged=True, snapshots=1, cache=1, backing="raw"),
+        ImageSpec(dirty=True, aged=True, cluster_bytes=4096, refcount_bits=64),
         ImageSpec(refcount_bits=64, full=True),
         ImageSpec(refcount_bits=64, full=True, cache=1),
     ]
