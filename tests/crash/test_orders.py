@@ -172,7 +172,7 @@ def test_a_failed_write_that_leaves_its_l1_entry_is_caught() -> None:
         state.pending.set(state.l1, args[1], offset | COPIED)
         return targets, runs, home
 
-    case = parse_case("v3,c512,r16,t64 | write:0+512 write:35840+512 flush | fault 1 ENOSPC once nothing")
+    case = parse_case("v3,c512,r16,t64 | write:0+512 write:35840+512 flush | fault 2 ENOSPC once nothing")
     assert not walk(case, record(case), "kill").violations
     with mock.patch.object(Writes, "_plan", plan):
         try:

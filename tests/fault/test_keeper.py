@@ -155,7 +155,7 @@ def dying(name):
     true = getattr(FileStorage, name)
     def call(self, *words):
         global calls
-        if words[-1] == "data.write":
+        if words[-1] in ("data.write", "host.occupy"):
             return true(self, *words)
         calls += 1
         if after:

@@ -24,6 +24,7 @@ from cowfence.qcow2.reader import NeedsCommit
 from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.tables import Kind, RefcountBlock, Table
 from cowfence.qcow2.transaction import Pending
+from cowfence.storage.base import Storage
 from cowfence.units import align_up, div_up
 
 _LOOKAHEAD_CLUSTERS = 1024
@@ -42,22 +43,20 @@ class Allocator:
 
     def __init__(
         self,
-        name: str,
+        storage: Storage,
         refcounts: Refcounts,
         layout: Layout,
         geometry: Geometry,
         pending: Pending,
-        *,
-        file_bytes: int,
-        holes: bool,
     ) -> None:
-        self._name = name
+        self._storage = storage
+        self._name = storage.name
         self._refcounts = refcounts
         self._layout = layout
         self._geometry = geometry
         self._pending = pending
-        self._holes = holes
-        self.never_used = div_up(file_bytes, geometry.cluster_bytes)
+        self._holes = storage.capabilities().holes_past_end
+        self.never_used = div_up(storage.size(), geometry.cluster_bytes)
         """Clusters from here on were never handed out and lie past the end of the file as it was opened."""
         self._runs: deque[tuple[int, int]] = deque()
         """Free clusters found by scanning, as (first, end)."""
@@ -204,8 +203,22 @@ class Allocator:
         if index is None:
             return
         run = self.reserve(1, wait=wait)
+        try:
+            self.occupy(run[0].first)
+        except NoSpace:
+            # It was not needed yet. Whoever needs it makes it alone, and hears of it.
+            self.give_back(run)
+            return
         self._add_block(index, run[0].first)
         self._refcounts.increment(run[0].first)
+
+    def occupy(self, cluster: int) -> None:
+        """Take the host's space for a new table before any write that will rely on it is acknowledged. Raises NoSpace.
+
+        Its content comes with the commit: on a full disk that would be too late, and with a killed process all that was
+        acknowledged since the last flush would be lost, keeper or not.
+        """
+        self._storage.writev(cluster << self._geometry.cluster_bits, (bytes(self._geometry.cluster_bytes),), "host.occupy")
 
     def _next_index(self) -> int | None:
         """The first entry of the refcount table that has no block; None where the table is full."""

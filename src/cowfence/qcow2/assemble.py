@@ -126,16 +126,7 @@ def _read_tables(
         storage, Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_bytes
     )
     refcounts = Refcounts(reader, geometry, refcount_table, pending, blocks)
-    allocator = Allocator(
-        storage.name,
-        refcounts,
-        layout,
-        geometry,
-        pending,
-        file_bytes=storage.size(),
-        holes=storage.capabilities().holes_past_end,
-    )
-    return l1, refcounts, allocator
+    return l1, refcounts, Allocator(storage, refcounts, layout, geometry, pending)
 
 
 def _backing_bytes(backing: Disk | None, header: Header) -> int:

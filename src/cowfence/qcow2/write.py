@@ -110,6 +110,11 @@ class Writes:
         state.allocator.look_ahead(wait=wait)
         runs = state.allocator.reserve(len(fates) + home.clusters, wait=wait)
         if home.clusters:
+            try:
+                state.allocator.occupy(runs[0].first)
+            except BaseException:
+                state.allocator.give_back(runs)
+                raise
             home.take(runs[0].first)
         hosts = _clusters(runs, skip=home.clusters)
         fate = iter(fates)

@@ -448,6 +448,44 @@ def test_full_host_gets_the_space_of_what_was_freed(release: str) -> None:
     assert again.read(cluster * CLUSTER, 15 * CLUSTER) == tagged(cluster * CLUSTER, 15 * CLUSTER, 2)
 
 
+class SmallHost(StorageWrapper):
+    """A host with room for ``blocks`` blocks of 512 bytes more than the file has."""
+
+    def __init__(self, inner: Storage, blocks: int) -> None:
+        super().__init__(inner)
+        self._held = set(range(inner.size() // SECTOR_BYTES))
+        self._most = len(self._held) + blocks
+
+    def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        end = offset + sum(map(len, buffers))
+        held = self._held | set(range(offset // SECTOR_BYTES, -(-end // SECTOR_BYTES)))
+        if len(held) > self._most:
+            raise NoSpace(f"{self.name}: no room")
+        self._held = held
+        self.inner.writev(offset, buffers, mark)
+
+
+@pytest.mark.parametrize("blocks", range(6, 90, 3))
+def test_what_was_acknowledged_on_a_host_that_fills_up_can_be_committed(blocks: int) -> None:
+    """New tables and refcount blocks have their host space before a write that relies on them returns."""
+    memory = MemoryStorage(image(refcount_bits=64, size=4096 * CLUSTER), "image")
+    disk = opened(SmallHost(memory, blocks))
+    rng = random.Random(blocks)
+    kept = {}
+    failures = 0
+    while failures < 5:
+        at = rng.randrange(4096) if rng.random() < 0.3 else rng.randrange(64)
+        try:
+            disk.write(at * CLUSTER, tagged(at * CLUSTER, CLUSTER, 1))
+            kept[at] = tagged(at * CLUSTER, CLUSTER, 1)
+        except NoSpace:
+            failures += 1
+    disk.close()
+    assert fatal_findings(memory.snapshot()) == []
+    again = open_image(MemoryStorage(memory.snapshot(), "image"), backing=None, writable=False)
+    assert {at: again.read(at * CLUSTER, CLUSTER) for at in kept} == kept
+
+
 def test_batch_on_a_full_host() -> None:
     """Only what does not fit fails; the rest of the batch is done."""
     disk = opened(FullHost(MemoryStorage(image(), "image"), 40 * CLUSTER))
