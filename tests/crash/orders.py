@@ -331,6 +331,7 @@ CASES = {
         "kept": "v3,c512,r16,t64,keeper,aged | write:5120+512 write:2048+512 flush",
         "kept-shared": "v3,c512,r16,t64,s1,keeper,aged | write:0+512 flush",
         "dirty": "v3,c512,r16,t64,aged,dirty | flush",
+        "compressed-write": "v3,c512,r16,t1,aged | write_compressed:4608+512 write:35840+512 flush",
         "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",
     }.items()
 }
@@ -402,6 +403,12 @@ MUTANTS = [
         clauses=("C5",),
     ),
     Mutant(
+        "M20 compressed: L2 before data, one-table cache",
+        "compressed-write",
+        order("prepare", "fence", "link", "data", "fence", "reclaim"),
+        clauses=("C1", "C3"),
+    ),
+    Mutant(
         "M23 the dirty bit cleared before the rebuilt refcounts are durable",
         "dirty",
         _dirty_bit_first,
@@ -422,7 +429,6 @@ WAITING = {
     "M17": "snapshot apply",
     "M18": "snapshot apply",
     "M19": "snapshot create",
-    "M20": "compressed write",
     "M21": "header rewrite",
     "M22": "shrink",
     "M24": "data file",

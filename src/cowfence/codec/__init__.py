@@ -8,6 +8,20 @@ from typing import TypeAlias
 Decompressor: TypeAlias = Callable[[bytes, int], bytes]
 """(compressed bytes with padding behind them, cluster size in bytes) -> exactly one cluster. Raises ValueError."""
 
+Compressor: TypeAlias = Callable[[bytes], bytes]
+"""One cluster -> its stream, which may be longer than the cluster."""
+
+
+def compressor(compression_type: int, level: int | None = None) -> Compressor:
+    """The compressor of a header's compression type. ``level``: its library's; None: a fast one."""
+    if compression_type == 0:
+        from cowfence.codec.deflate import deflater
+
+        return deflater(level)
+    from cowfence.codec.zstd import compressor as zstd_compressor
+
+    return zstd_compressor(level)
+
 
 def decompressor(compression_type: int) -> Decompressor:
     """The decompressor of a header's compression type: 0 deflate, 1 zstd (specification, "Additional fields")."""

@@ -11,6 +11,7 @@ QEMU inflates a cluster in one call, where zlib does not limit how far a match r
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from cowfence.codec.base import CodecError, check_length
@@ -22,6 +23,7 @@ except ImportError:  # No wheel for this machine: the standard library does the 
     _igzip = None
 
 _HISTORY_BITS = 15
+_WRITTEN_HISTORY_BITS = 12
 
 
 def inflate(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:
@@ -35,6 +37,24 @@ def inflate(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:
         raise CodecError(f"bad deflate stream: {error}") from None
     check_length(len(cluster), cluster_bytes, ended=decompressor.eof)
     return cluster
+
+
+def deflater(level: int | None = None) -> Callable[[bytes], bytes]:
+    """What makes the stream of a cluster. ``level``: 0 to 3 of isal where it is installed (default 1), else of zlib."""
+    if _igzip is None:
+        return lambda cluster: _deflate_zlib(cluster, 6 if level is None else level)
+    chosen = 1 if level is None else level
+
+    def deflate(cluster: bytes) -> bytes:
+        stream: bytes = _igzip.compress(cluster, level=chosen, flag=_igzip.COMP_DEFLATE, hist_bits=_WRITTEN_HISTORY_BITS)
+        return stream
+
+    return deflate
+
+
+def _deflate_zlib(cluster: bytes, level: int) -> bytes:
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -_WRITTEN_HISTORY_BITS)
+    return deflate.compress(cluster) + deflate.flush()
 
 
 def _inflate_zlib(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:

@@ -11,6 +11,7 @@ more than its cluster, but a writer that streams without saying the length decla
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from cowfence.codec.base import CodecError, check_length
 
@@ -21,6 +22,12 @@ else:
 
 _MAX_WINDOW_LOG = 23
 _OPTIONS = {int(_zstd.DecompressionParameter.window_log_max): _MAX_WINDOW_LOG}
+
+
+def compressor(level: int | None = None) -> Callable[[bytes], bytes]:
+    """What makes the frame of a cluster. ``level``: zstd's (default 3)."""
+    chosen = 3 if level is None else level
+    return lambda cluster: _zstd.compress(cluster, chosen)
 
 
 def decompress(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:

@@ -52,6 +52,8 @@ class Operation:
     name: str
     perform: Callable[[Run, Step], None]
     places: bool
+    whole: bool
+    """Only whole clusters."""
     request: Callable[[Step, bytes], Request] | None
 
 
@@ -60,12 +62,12 @@ OPERATIONS: Final[dict[str, Operation]] = {}
 
 
 def operation(
-    name: str, *, places: bool = False, request: Callable[[Step, bytes], Request] | None = None
+    name: str, *, places: bool = False, whole: bool = False, request: Callable[[Step, bytes], Request] | None = None
 ) -> Callable[[Callable[[Run, Step], None]], Callable[[Run, Step], None]]:
     """Register the function under a name."""
 
     def register(perform: Callable[[Run, Step], None]) -> Callable[[Run, Step], None]:
-        OPERATIONS[name] = Operation(name, perform, places, request)
+        OPERATIONS[name] = Operation(name, perform, places, whole, request)
         return perform
 
     return register
@@ -84,6 +86,13 @@ def _write_fua(run: Run, step: Step) -> None:
     data = run.new_data(step)
     with run.writing(step.offset, data, durable=True):
         run.disk.write(step.offset, data, fua=True)
+
+
+@operation("write_compressed", places=True, whole=True)
+def _write_compressed(run: Run, step: Step) -> None:
+    data = run.new_data(step)
+    with run.writing(step.offset, data):
+        run.disk.write_compressed(step.offset, data)
 
 
 @operation("zero", places=True, request=lambda step, _: Request(Verb.ZERO, step.offset, step.length_bytes, unmap=True))

@@ -92,7 +92,11 @@ def steps(image: ImageSpec) -> list[Step]:
     found = []
     for operation in OPERATIONS.values():
         if operation.places:
-            found += [Step(operation.name, offset, length) for offset, length in places(image)]
+            found += [
+                Step(operation.name, offset, length)
+                for offset, length in places(image)
+                if not operation.whole or not (offset | length) % image.cluster_bytes
+            ]
         else:
             found.append(Step(operation.name))
     return found

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from cowfence.codec import compressor
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
-from cowfence.errors import Closed, Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly, WouldBlock
+from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.alteration import Alteration, alter
 from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
+from cowfence.qcow2.compressed import CompressedWrites
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Incompatible
@@ -37,19 +39,16 @@ from cowfence.qcow2.header import (
 )
 from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.journal import Journal
-from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
+from cowfence.qcow2.status import extents
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.units import KIB
 
 T = TypeVar("T")
-
-_EXTENTS_PIECE_TABLES = 4096
-"""L2 tables that are looked at in one go, under the lock."""
 
 
 def open_image(
@@ -102,8 +101,9 @@ class Qcow2Disk:
         self._reclaimer = state.reclaimer
         self._plans = Plans(state)
         self._reads = Reads(state, self._enter, self._plans.end_ticket)
-        self._reclaimer.forget = self._reads.forget
         self._writes = Writes(state, self._reads)
+        self._compressed = CompressedWrites(state)
+        self._reclaimer.forget = self._forget
         self._zeroes = Zeroes(state, self._writes)
         self._writable = writable
         self._mode = options.mode
@@ -210,36 +210,7 @@ class Qcow2Disk:
 
     def extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
         self._check_range(offset, length_bytes)
-        return merge(self._extents(offset, length_bytes))
-
-    def _extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
-        state = self._state
-        end = offset + length_bytes
-        while offset < end:
-            piece = min(end - offset, _EXTENTS_PIECE_TABLES << state.geometry.l1_shift)
-            for kind, start, run_bytes, host, _ in self._plans.run(
-                lambda wait, start=offset, count=piece: list(runs(state, start, count, wait=wait)),  # type: ignore[misc]
-                lambda start=offset, count=piece: self._enter(start, count),  # type: ignore[misc]
-            ):
-                if kind is RunKind.DATA:
-                    yield Extent(start, run_bytes, zero=False, data=True, present=True, host_offset=host)
-                elif kind is RunKind.COMPRESSED:
-                    yield Extent(start, run_bytes, zero=False, data=True, present=True, compressed=True)
-                elif kind is RunKind.ZERO:
-                    yield Extent(start, run_bytes, zero=True, data=False, present=True, host_offset=host or None)
-                else:
-                    yield from self._below(start, run_bytes)
-            offset += piece
-
-    def _below(self, start: int, length_bytes: int) -> Iterator[Extent]:
-        """The states of an unallocated run: those of the backing disk one level deeper, a hole past its end."""
-        state = self._state
-        inside = max(0, min(length_bytes, state.backing_bytes - start))
-        if inside and state.backing is not None:
-            for extent in state.backing.extents(start, inside):
-                yield extent._replace(depth=extent.depth + 1)
-        if inside < length_bytes:
-            yield Extent(start + inside, length_bytes - inside, zero=True, data=False, present=False)
+        return merge(extents(self._state, self._plans, self._enter, offset, length_bytes))
 
     # Writing
 
@@ -262,6 +233,33 @@ class Qcow2Disk:
         self._settle()
         self._pieces(offset, length_bytes, lambda at, left, wait: self._zeroes.zero(at, left, unmap=unmap, wait=wait))
         self._acknowledge(fua)
+
+    def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write whole clusters compressed (the last may be cut short by the disk's end); one that does not shrink is written
+        plainly. Raises Invalid for other ranges, and what ``write`` raises."""
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
+        end = offset + len(view)
+        if offset & self._within_mask or (end & self._within_mask and end != self._state.size):
+            raise Invalid(f"{self._state.storage.name}: compressed are whole clusters of {self._cluster_bytes} bytes only")
+        self._settle()
+        compress = compressor(self._state.header.compression_type)
+        for at in range(0, len(view), self._cluster_bytes):
+            piece = view[at : at + self._cluster_bytes]
+            stream = compress(bytes(piece).ljust(self._cluster_bytes, b"\0"))
+            if self._compressed.fits(stream):
+                self._mutate(
+                    lambda wait, at=at, stream=stream: self._compressed.write(offset + at, stream, wait=wait),  # type: ignore[misc]
+                    offset,
+                    len(view),
+                )
+            else:
+                self._mutate(
+                    lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait),  # type: ignore[misc]
+                    offset,
+                    len(view),
+                )
+        self._acknowledge(False)
 
     def discard(self, offset: int, length_bytes: int) -> None:
         self._check_range(offset, length_bytes)
@@ -485,6 +483,11 @@ class Qcow2Disk:
         if self._interval is not None:
             self._interval.start()
         return done == length_bytes
+
+    def _forget(self) -> None:
+        """Clusters become available: what was remembered of them is void."""
+        self._reads.forget()
+        self._compressed.forget()
 
     # Altering the image
 
