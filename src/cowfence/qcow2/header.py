@@ -436,11 +436,24 @@ def encode(header: Header) -> bytes:
         chain = chain[: min(len(chain) - END_BYTES, room_bytes)]
     if backing_offset + len(backing_name) > header.cluster_bytes:
         raise ValueError(f"the backing file name does not fit into the first cluster of {header.cluster_bytes} bytes")
+    fields = encode_fields(header, backing_offset)
+    if len(fields) != header.header_length:
+        raise ValueError(f"header_length is {header.header_length}, but the fields take {len(fields)} bytes")
+    encoded = (fields + chain).ljust(backing_offset, b"\0") + backing_name
+    try:
+        parse_header(encoded, "new header")
+    except (Corrupt, Unsupported) as error:
+        raise ValueError(str(error)) from None
+    return encoded
+
+
+def encode_fields(header: Header, backing_offset: int) -> bytes:
+    """The header up to its extensions. ``backing_offset``: where the backing file's name stands; 0 for none."""
     fields = _BASE.pack(
         MAGIC,
         header.version,
         backing_offset,
-        len(backing_name),
+        len(header.backing_name or b"") if backing_offset else 0,
         header.cluster_bits,
         header.size_bytes,
         header.crypt_method,
@@ -456,14 +469,7 @@ def encode(header: Header) -> bytes:
         fields += _FEATURES.pack(*features)
         if header.header_length > MIN_HEADER_BYTES_V3:
             fields += bytes((header.compression_type,)) + header.additional
-    if len(fields) != header.header_length:
-        raise ValueError(f"header_length is {header.header_length}, but the fields take {len(fields)} bytes")
-    encoded = (fields + chain).ljust(backing_offset, b"\0") + backing_name
-    try:
-        parse_header(encoded, "new header")
-    except (Corrupt, Unsupported) as error:
-        raise ValueError(str(error)) from None
-    return encoded
+    return fields
 
 
 def size_patch(size_bytes: int) -> tuple[int, bytes]:

@@ -30,6 +30,7 @@ from cowfence.qcow2.extensions import Autoclear, ExtensionType, Incompatible
 from cowfence.qcow2.findings import Grade, Mode, Report
 from cowfence.qcow2.geometry import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES, HostOffset
 from cowfence.qcow2.header import feature_bits_patch, refcount_table_patch
+from cowfence.qcow2.header_change import FILLER_TYPE
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.tables import Kind, counts_bytes
 from cowfence.qcow2.transaction import Change, Stage, write_changes
@@ -38,8 +39,6 @@ from cowfence.storage.base import Storage, read_exact
 from cowfence.units import SECTOR_BYTES, align_up, div_up
 
 _BATCH_CHANGES: Final = 4096
-_FILLER_EXTENSION: Final = 0x46494C4C
-"""The type that a dropped header extension gets: unknown to everybody, so that all ignore it."""
 
 
 __all__ = ["Mode", "RepairReport", "rebuild_dirty", "repair"]
@@ -176,7 +175,7 @@ class _Repair:
         for extension in header.extensions:
             assert int.from_bytes(area[at : at + 4]) == extension.type
             if extension.type == ExtensionType.BITMAPS:
-                self._link_header(found, at, _FILLER_EXTENSION.to_bytes(4))
+                self._link_header(found, at, FILLER_TYPE.to_bytes(4))
             at += 8 + align_up(len(extension.data), 8)
 
     # A new refcount structure
