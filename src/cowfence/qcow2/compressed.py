@@ -12,20 +12,25 @@ decrements not deducted), and never after it came back to the allocator: then it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from cowfence.codec import compressor
 from cowfence.qcow2.entries import Compressed, encode_l2
 from cowfence.qcow2.geometry import HostOffset
 from cowfence.qcow2.mapping import RunKind, decode
 from cowfence.qcow2.reader import NeedsCommit
 from cowfence.qcow2.state import State
-from cowfence.qcow2.write import LinkHome, free_entry, grow_l1
+from cowfence.qcow2.write import LinkHome, Writes, free_entry, grow_l1
 from cowfence.units import SECTOR_BYTES
 
 
 class CompressedWrites:
-    """Compressed writes of one image. Every method is called under the lock."""
+    """Compressed writes of one image. Every method but ``plan`` is called under the lock."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, writes: Writes) -> None:
         self._state = state
+        self._writes = writes
+        self._compress = compressor(state.header.compression_type)
         self._next = 0
         """Where the last stream ended; 0: nowhere to go on."""
 
@@ -33,7 +38,14 @@ class CompressedWrites:
         """Clusters become available again: the one that is being packed may be among them."""
         self._next = 0
 
-    def fits(self, stream: bytes) -> bool:
+    def plan(self, offset: int, data: memoryview) -> Callable[[bool], int]:
+        """Compress a guest cluster, and give the plan that writes it: plainly, where the stream does not pay."""
+        stream = self._compress(bytes(data).ljust(self._state.geometry.cluster_bytes, b"\0"))
+        if self._fits(stream):
+            return lambda wait: self.write(offset, stream, wait=wait)
+        return lambda wait: self._writes.write(offset, data, wait=wait)
+
+    def _fits(self, stream: bytes) -> bool:
         """True if an entry can describe the stream, and it saves space at all."""
         geometry = self._state.geometry
         end = self._state.allocator.never_used + 2 << geometry.cluster_bits
@@ -62,7 +74,6 @@ class CompressedWrites:
         try:
             clusters = [cluster for run in reserved for cluster in range(run.first, run.first + run.clusters)]
             if home.clusters:
-                state.allocator.occupy(clusters[0])
                 home.take(clusters[0])
             start, touched = self._place(shared, room, clusters[home.clusters :])
             self._put(start, stream, touched)
@@ -76,6 +87,8 @@ class CompressedWrites:
             state.refcounts.increment(cluster)
         if kind is not RunKind.UNALLOCATED:
             free_entry(state, kind, old, discard=False)
+        if state.record is not None:
+            state.record(offset, min(geometry.cluster_bytes, state.size - offset))
         return geometry.cluster_bytes
 
     def _shared(self, *, wait: bool) -> int:

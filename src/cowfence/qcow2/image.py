@@ -14,10 +14,8 @@ import io
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from cowfence.codec import compressor
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
@@ -27,7 +25,7 @@ from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
 from cowfence.qcow2.compressed import CompressedWrites
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
-from cowfence.qcow2.extensions import Incompatible
+from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.header import (
     Header,
@@ -47,6 +45,9 @@ from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.units import KIB
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.bitmaps import Bitmaps
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Qcow2Disk:
         self._plans = Plans(state)
         self._reads = Reads(state, self._enter, self._plans.end_ticket)
         self._writes = Writes(state, self._reads)
-        self._compressed = CompressedWrites(state)
+        self._compressed = CompressedWrites(state, self._writes)
         self._reclaimer.forget = self._forget
         self._zeroes = Zeroes(state, self._writes)
         self._writable = writable
@@ -121,6 +122,7 @@ class Qcow2Disk:
         """Why calls are refused: closed, or in a forked child. Checked by every call, and by each again once it holds the lock:
         what goes on after ``close`` has taken its turn there would be acknowledged and never committed."""
         self._features_settled = not writable or header.version < 3 or not header.autoclear
+        self._bitmaps: Bitmaps | None = None
         self._interval: IntervalCommit | None = None
         if writable:
             claim_all(state)
@@ -243,22 +245,9 @@ class Qcow2Disk:
         if offset & self._within_mask or (end & self._within_mask and end != self._state.size):
             raise Invalid(f"{self._state.storage.name}: compressed are whole clusters of {self._cluster_bytes} bytes only")
         self._settle()
-        compress = compressor(self._state.header.compression_type)
         for at in range(0, len(view), self._cluster_bytes):
-            piece = view[at : at + self._cluster_bytes]
-            stream = compress(bytes(piece).ljust(self._cluster_bytes, b"\0"))
-            if self._compressed.fits(stream):
-                self._mutate(
-                    lambda wait, at=at, stream=stream: self._compressed.write(offset + at, stream, wait=wait),  # type: ignore[misc]
-                    offset,
-                    len(view),
-                )
-            else:
-                self._mutate(
-                    lambda wait, at=at, piece=piece: self._writes.write(offset + at, piece, wait=wait),  # type: ignore[misc]
-                    offset,
-                    len(view),
-                )
+            plan = self._compressed.plan(offset + at, view[at : at + self._cluster_bytes])
+            self._mutate(plan, offset, len(view))
         self._acknowledge(False)
 
     def discard(self, offset: int, length_bytes: int) -> None:
@@ -301,22 +290,29 @@ class Qcow2Disk:
             self._interval.start()
 
     def _settle(self) -> None:
-        """Before the first write: clear the autoclear bits, durably (crash contract, R11)."""
+        """Before the first change: the bitmaps are in use, and the autoclear bits of what we do not know are cleared, durably
+        (crash contract, R11)."""
         self._check_writable()
         if self._features_settled:
             return
-        state = self._state
-        with state.lock:
-            self._plans.pass_gate(wait=True)
-            self._check()
-            if self._features_settled:
-                return
-            header = state.header
-            state.pending.patch_header(*feature_bits_patch(header, autoclear=0), "header.link")
-        self._committer.commit()
-        with state.lock:
-            state.header = replace(header, autoclear=0)
-            self._features_settled = True
+        alter(self._state, self._plans, self._check_writable, self._first_change)
+
+    def _first_change(self, alteration: Alteration) -> None:
+        if self._features_settled:
+            return
+        state, kept = self._state, 0
+        if state.header.autoclear & Autoclear.BITMAPS:
+            try:
+                if self.bitmaps.needs_marks:
+                    self.bitmaps.begin(alteration)
+                kept = Autoclear.BITMAPS
+            except Corrupt:
+                # They cannot be kept true, so they are given up.
+                self._bitmaps = None
+        if state.header.autoclear & ~kept:
+            patch = feature_bits_patch(state.header, autoclear=state.header.autoclear & kept)
+            alteration.transaction(lambda: state.pending.patch_header(*patch, "header.link"))
+        self._features_settled = True
 
     # Batches
 
@@ -342,6 +338,7 @@ class Qcow2Disk:
                 and self._mode is not CacheMode.WRITETHROUGH
                 and committer.broken is None
                 and not self._plans.altering
+                and state.record is None
             )
             plain_end = state.allocator.never_used << bits
             for verb, offset, length_bytes, data, fua, _ in requests:
@@ -491,6 +488,15 @@ class Qcow2Disk:
 
     # Altering the image
 
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The persistent dirty bitmaps of the image."""
+        if self._bitmaps is None:
+            from cowfence.qcow2.bitmaps import Bitmaps  # It needs numpy, and few images have any.
+
+            self._bitmaps = Bitmaps(self._state, self.alter if self._writable else None)
+        return self._bitmaps
+
     def alter(self, body: Callable[[Alteration], T]) -> T:
         """Carry out a change of the image as a whole (see ``qcow2.alteration``); guests wait meanwhile, and whatever was
         written before is durable when it begins. Raises what ``body`` raises."""
@@ -524,6 +530,8 @@ class Qcow2Disk:
         try:
             if self._writable:
                 self._committer.commit()
+                if self._bitmaps is not None and self._bitmaps.recording:
+                    alter(self._state, self._plans, lambda: None, self._bitmaps.end)
                 if self._committer.unfenced_reclaim:
                     self._committer.fence("close.fence")
         finally:

@@ -7,6 +7,7 @@ that it was planned against are not given to anybody else before it has ended (c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Condition, Lock
 
@@ -86,6 +87,8 @@ class State:
     piece_bytes: int
     """The most that an operation changes in one go, so that what it notes for a keeper is bounded."""
     tickets: Tickets
+    record: Callable[[int, int], None] | None = None
+    """Told, under the lock, of each range (offset, length in bytes) of guest data that changes: see ``bitmaps``."""
 
     def l2_table(self, l1_index: int, *, wait: bool, cached: bool) -> Table | None:
         """The L2 table behind an L1 entry; None where there is none.

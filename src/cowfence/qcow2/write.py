@@ -80,6 +80,8 @@ class Writes:
             raise
         if any(target.old is not None for target in targets):
             self._enter(home(), targets)
+        if state.record is not None:
+            state.record(offset, length_bytes)
         return length_bytes
 
     def _plan(
@@ -111,11 +113,10 @@ class Writes:
         runs = state.allocator.reserve(len(fates) + home.clusters, wait=wait)
         if home.clusters:
             try:
-                state.allocator.occupy(runs[0].first)
+                home.take(runs[0].first)
             except BaseException:
                 state.allocator.give_back(runs)
                 raise
-            home.take(runs[0].first)
         hosts = _clusters(runs, skip=home.clusters)
         fate = iter(fates)
         whole: list[Target] = []
@@ -215,6 +216,8 @@ class LinkHome:
             self.clusters = 1
 
     def take(self, cluster: int) -> None:
+        """The cluster for it. Raises NoSpace."""
+        self._state.allocator.occupy(cluster)
         self._cluster = cluster
 
     def __call__(self) -> Table:

@@ -96,6 +96,8 @@ class Zeroes:
                 changes.append((first + number, 0 if below_zero else ZERO, kind, entry))
         if changes:
             self._enter(l1_index, changes, discard=discard, wait=wait)
+            if state.record is not None:
+                state.record(offset, min(length_bytes, state.size - offset))
         return length_bytes
 
     def _write_zeros(self, offset: int, length_bytes: int, *, wait: bool) -> int:
@@ -111,7 +113,12 @@ class Zeroes:
         home.plan()
         if home.clusters:
             state.allocator.look_ahead(wait=wait)
-            home.take(state.allocator.reserve(1, wait=wait)[0].first)
+            runs = state.allocator.reserve(1, wait=wait)
+            try:
+                home.take(runs[0].first)
+            except BaseException:
+                state.allocator.give_back(runs)
+                raise
         table = home()
         for l2_index, entry, kind, old in changes:
             state.pending.set(table, l2_index, entry)
