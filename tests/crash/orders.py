@@ -13,7 +13,11 @@ from typing import Any
 from unittest import mock
 
 from cowfence.crash.cases import parse_case
+from cowfence.qcow2 import bitmaps
 from cowfence.qcow2.allocator import Allocator
+from cowfence.qcow2.alteration import Alteration
+from cowfence.qcow2.bitmap_directory import IN_USE, encode_bitmap_directory
+from cowfence.qcow2.bitmaps import Bitmaps
 from cowfence.qcow2.image import Qcow2Disk
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
@@ -294,6 +298,41 @@ def _published_before_data() -> Iterator[None]:
         yield
 
 
+def _write_flags(of: Bitmaps, *, in_use: bool) -> None:
+    """Over the old directory, without a fence."""
+    state = of._state
+    pointer = state.header.bitmaps
+    assert pointer is not None
+    entries = [
+        entry._replace(flags=entry.flags | IN_USE if in_use else entry.flags & ~IN_USE) for entry in bitmaps._entries(state)
+    ]
+    state.storage.writev(pointer.directory_offset, (encode_bitmap_directory(entries),), "bitmap.directory")
+
+
+@contextmanager
+def _directory_in_place() -> Iterator[None]:
+    true = Bitmaps.end
+
+    def end(self: Bitmaps, alteration: Alteration) -> None:
+        _write_flags(self, in_use=False)
+        true(self, alteration)
+
+    with mock.patch.object(Bitmaps, "end", end):
+        yield
+
+
+@contextmanager
+def _in_use_without_a_fence() -> Iterator[None]:
+    def begin(self: Bitmaps, alteration: Alteration) -> None:  # noqa: ARG001
+        for held in self._load().values():
+            self._bits(held)
+        _write_flags(self, in_use=True)
+        self._record()
+
+    with mock.patch.object(Bitmaps, "begin", begin):
+        yield
+
+
 class _Unfenced(StorageWrapper):
     def fence(self, mark: str) -> None:
         pass
@@ -330,6 +369,8 @@ CASES = {
         "part": "v3,c4096,r16,t64,aged,s1 | write:512+512 flush",
         "kept": "v3,c512,r16,t64,keeper,aged | write:5120+512 write:2048+512 flush",
         "kept-shared": "v3,c512,r16,t64,s1,keeper,aged | write:0+512 flush",
+        "bitmap-closed": "v3,c512,r16,t64,bitmap | write:0+512 reopen",
+        "bitmap-begun": "v3,c512,r16,t64,aged,bitmap | write:0+512 flush",
         "dirty": "v3,c512,r16,t64,aged,dirty | flush",
         "compressed-write": "v3,c512,r16,t1,aged | write_compressed:4608+512 write:35840+512 flush",
         "inside-fence": "v3,c512,r16,t64,aged | write:5120+512 flush | inside 0=write:6144+512",
@@ -417,6 +458,19 @@ MUTANTS = [
         says="`refcount_block.new`",
     ),
     Mutant(
+        "M26 bitmap directory changed under a set autoclear bit",
+        "bitmap-closed",
+        _directory_in_place,
+        clauses=("C14",),
+    ),
+    Mutant(
+        "M34 in-use flag not durable before an in-place write",
+        "bitmap-begun",
+        _in_use_without_a_fence,
+        power_only=True,
+        clauses=("C14",),
+    ),
+    Mutant(
         "M33 LINK writes the live sector",
         "inside-fence",
         order("prepare", "fence", "live link", "fence", "reclaim"),
@@ -432,7 +486,5 @@ WAITING = {
     "M21": "header rewrite",
     "M22": "shrink",
     "M24": "data file",
-    "M26": "bitmaps",
-    "M34": "bitmaps",
 }
 """Broken orders of operations that the engine does not have yet."""

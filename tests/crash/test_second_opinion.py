@@ -36,6 +36,8 @@ def sample(model: Model, seed: int) -> Iterator[tuple[Case, str, dict[str, bytes
     short = itertools.islice(two(rng.sample(covering, len(covering))), None, None, 37)
     for number in itertools.count():
         case = random_walk(seed + number, 12) if number % 2 else next(short, random_walk(seed + number, 12))
+        if case.image.short_l1:
+            continue  # QEMU opens no image whose L1 table is shorter than its disk.
         recording = record(case)
         device = device_of(model, recording, limit=64, seed=seed)
         for position, entry in enumerate(recording.entries):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
 
 COMMANDS: Final[dict[str, str]] = {
+    "bitmap": "change persistent dirty bitmaps, or list what one recorded",
     "check": "check an image, and repair it",
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",

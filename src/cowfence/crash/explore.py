@@ -113,6 +113,7 @@ class Walk:
             facts={name: (value,) for name, value in structure.facts.items()},
             cluster_bytes=1 << int.from_bytes(recording.initial[subject.image][20:24], "big"),
             leaks_before=structure.leaks,
+            bitmaps={bitmap.name: [recording.guest] for bitmap in structure.bitmaps if bitmap.true},
         )
         self._judge = Judge(subject, recording.guest, unit_bytes=self._device.unit_bytes, live=live)
         self._tokens: dict[int, int] = {}
@@ -120,6 +121,8 @@ class Walk:
         self._distinct: set[object] = set()
         self._reads: dict[int, dict[int, set[bytes]]] = {}
         """Reads under way: what each sector may read as when they began."""
+        self._altered: dict[int, bytes] = {}
+        """Bitmaps that an operation is making clean, by where it began."""
         self._position = 0
         """Of the entry that is walked."""
         self.result = Verdicts()
@@ -220,6 +223,13 @@ class Walk:
             return self._device.settle()
         elif event == "withdrawn" and token is not None and token >= 0:
             guest.withdraw(token)
+        elif event == "bitmap.begin":
+            name = fields["name"]
+            assert isinstance(name, bytes)
+            self._altered[position] = name
+            guest.begin_bitmap(name)
+        elif event == "end" and isinstance(of, int) and of in self._altered:
+            guest.end_bitmap(self._altered.pop(of))
         elif event == "reopened":
             data = fields["data"]
             assert isinstance(data, bytes)

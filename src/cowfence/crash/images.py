@@ -48,6 +48,8 @@ class ImageSpec(NamedTuple):
     """Nothing is in the page cache: every read has to wait."""
     keeper: bool = False
     """A keeper watches the writer: after a kill the state is judged when it has done its work (C4)."""
+    bitmap: bool = False
+    """It has a persistent bitmap that records."""
     dirty: bool = False
     """Left by an engine that postpones refcounts: the dirty bit is set, and clusters in use have no count."""
 
@@ -60,7 +62,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper", "dirty")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper", "bitmap", "dirty")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -114,8 +116,8 @@ def build(spec: ImageSpec) -> Built:
     """The image of a description. Raises Invalid for what cannot be."""
     if spec.version == 2 and spec.refcount_bits != 16:
         raise Invalid("version 2 has refcounts of 16 bits")
-    if spec.version == 2 and spec.dirty:
-        raise Invalid("version 2 has no dirty bit")
+    if spec.version == 2 and (spec.dirty or spec.bitmap):
+        raise Invalid("version 2 has neither dirty bit nor bitmaps")
     if spec.cluster_bytes < SECTOR_BYTES:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
@@ -140,6 +142,8 @@ def build(spec: ImageSpec) -> Built:
         content = snapshotted(content, number)
     if spec.short_l1:
         content = content[:36] + struct.pack(">I", 1) + content[40:]
+    if spec.bitmap:
+        content = _with_bitmap(content)
     if spec.dirty:
         content = _dirty(content)
     files = {IMAGE: content}
@@ -286,6 +290,15 @@ def snapshotted(content: bytes, number: int = 0) -> bytes:
         patch.count(old // cluster, -1)
     struct.pack_into(">IQ", patch.data, 60, count + 1, table)
     return bytes(patch.data)
+
+
+def _with_bitmap(content: bytes) -> bytes:
+    """``content`` with a bitmap that has just been made."""
+    storage = MemoryStorage(content, name=IMAGE)
+    disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
+    disk.bitmaps.add("bitmap", granularity_bytes=SECTOR_BYTES)
+    disk.close()
+    return storage.snapshot()
 
 
 def _dirty(content: bytes) -> bytes:

@@ -15,6 +15,8 @@ from typing import Final
 from cowfence.units import SECTOR_BYTES
 
 _ZERO: Final = bytes(SECTOR_BYTES)
+_BITMAP_CLUSTERS: Final = 6
+"""What storing a bitmap may leave over: table and bits, old and new, and the directory's share."""
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class GuestModel:
     """What each fact may be."""
     cluster_bytes: int = SECTOR_BYTES
     leaks_before: int = 0
+    bitmaps: dict[bytes, list[bytes]] = field(default_factory=dict)
+    """By name, the disk's content when the bitmap was last all clean."""
     changes: int = 0
     """Grows with each change of what is allowed, so that verdicts can be remembered by it."""
     content: bytearray = field(init=False)
@@ -72,6 +76,28 @@ class GuestModel:
         """It has returned."""
         self.changes += 1
         self.facts[name] = self.facts[name][-1:]
+
+    def begin_bitmap(self, name: bytes) -> None:
+        """An operation begins after which a bitmap is all clean: until it returns, by the old moment or by the new one."""
+        self.changes += 1
+        self._serial += 1
+        self._touched.append((self._serial, _BITMAP_CLUSTERS))
+        self.bitmaps[name] = [*self.bitmaps.get(name, []), bytes(self.content)]
+
+    def end_bitmap(self, name: bytes) -> None:
+        """It has returned."""
+        self.changes += 1
+        self.bitmaps[name] = self.bitmaps[name][-1:]
+
+    def differing(self, changed: Mapping[int, bytes], clean: list[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Sectors, with their bytes, that are as at none of the moments ``clean``."""
+        sectors = set(changed)
+        for content in clean:
+            sectors |= self.changed_sectors(content).keys()
+        for sector in sorted(sectors):
+            value = changed.get(sector, self._initial(sector))
+            if all(value != content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] for content in clean):
+                yield sector, value
 
     def _enter(self, offset: int, length_bytes: int, *, discard: bool) -> int:
         self._serial += 1
@@ -142,6 +168,9 @@ class GuestModel:
         self.end(self.begin_write(0, content))
 
     def begin_flush(self) -> int:
+        if self.bitmaps:
+            # It may be the one before a close, which stores them.
+            self._touched.append((self._serial, _BITMAP_CLUSTERS * len(self.bitmaps)))
         return self._serial
 
     def end_flush(self, token: int) -> None:

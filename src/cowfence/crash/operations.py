@@ -124,6 +124,40 @@ def _flush(run: Run, step: Step) -> None:  # noqa: ARG001
         run.disk.flush()
 
 
+@operation("bitmap_add")
+def _bitmap_add(run: Run, step: Step) -> None:  # noqa: ARG001
+    if run.spec.version >= 3:
+        name = f"bitmap{sum(1 for _ in run.disk.bitmaps)}"
+        with run.cleaning(name):
+            run.disk.bitmaps.add(name, granularity_bytes=512)
+
+
+@operation("bitmap_clear")
+def _bitmap_clear(run: Run, step: Step) -> None:  # noqa: ARG001
+    """All that there are, one by one."""
+    for bitmap in [*run.disk.bitmaps]:
+        if not bitmap.inconsistent:
+            with run.cleaning(bitmap.name):
+                run.disk.bitmaps.clear(bitmap.name)
+
+
+@operation("bitmap_toggle")
+def _bitmap_toggle(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Disabled and enabled again: it has missed nothing."""
+    for bitmap in [*run.disk.bitmaps]:
+        if not bitmap.inconsistent:
+            run.disk.bitmaps.disable(bitmap.name)
+            run.disk.bitmaps.enable(bitmap.name)
+
+
+@operation("bitmap_remove")
+def _bitmap_remove(run: Run, step: Step) -> None:  # noqa: ARG001
+    """The last one, in use by a dead writer or not."""
+    bitmaps = [*run.disk.bitmaps]
+    if bitmaps:
+        run.disk.bitmaps.remove(bitmaps[-1].name)
+
+
 @operation("reopen")
 def _reopen(run: Run, step: Step) -> None:  # noqa: ARG001
     """Close well, and open again."""

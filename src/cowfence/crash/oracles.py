@@ -82,6 +82,23 @@ class Facts:
         return None
 
 
+class Bitmaps:
+    """C14: a bitmap that calls itself true has every sector that differs from what it was when the bitmap was last clean."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        for bitmap in seen.structure.bitmaps:
+            clean = guest.bitmaps.get(bitmap.name)
+            if bitmap.true and clean is not None:
+                for sector, value in guest.differing(seen.changed, clean):
+                    if not bitmap.covers(sector):
+                        text = bitmap.name.decode("utf-8", "replace")
+                        what = (
+                            f"bitmap {text!a} is valid and does not have guest sector {sector}, now {describe(value, sector)}"
+                        )
+                        return Verdict("C14", what, sector)
+        return None
+
+
 class Leaks:
     """C13: no more clusters leak than un-flushed operations and the last transaction touched."""
 
@@ -102,7 +119,7 @@ class Life:
 
 STRUCTURE: tuple[Oracle, ...] = (Opens(), Sound())
 """Without the guest's contents: what a checker alone would see (control J1)."""
-ALL: tuple[Oracle, ...] = (Opens(), Contents(), Sound(), Facts(), Leaks(), Life())
+ALL: tuple[Oracle, ...] = (Opens(), Contents(), Sound(), Facts(), Bitmaps(), Leaks(), Life())
 
 
 def describe(value: bytes, sector: int) -> str:

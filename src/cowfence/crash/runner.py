@@ -212,6 +212,13 @@ class Run:
             yield
 
     @contextmanager
+    def cleaning(self, bitmap: str) -> Iterator[None]:
+        """A bitmap is made, or made clean."""
+        token = self.log.note("bitmap.begin", name=bitmap.encode())
+        with self._noted(token):
+            yield
+
+    @contextmanager
     def _noted(self, token: int) -> Iterator[None]:
         try:
             yield

@@ -20,7 +20,9 @@ _COPIED: Final = 1 << 63
 _COMPRESSED: Final = 1 << 62
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _BACKING_FORMAT: Final = 0xE2792ACA
+_BITMAPS: Final = 0x23852875
 _DIRTY: Final = 1
+_BITMAPS_VALID: Final = 1
 
 Touch = Callable[[int, int], None]
 """(offset, length in bytes): told of every range that the verdict rests on."""
@@ -34,6 +36,20 @@ class Finding(NamedTuple):
     target_at: int | None = None
     name: str = ""
     """Of the entry, where it is a count that is missing."""
+
+
+class Bitmap(NamedTuple):
+    """A persistent bitmap as it stands. ``true``: it says of itself that it has recorded every write until now."""
+
+    name: bytes
+    granularity_bits: int
+    true: bool
+    bits: bytes
+
+    def covers(self, sector: int) -> bool:
+        """True if the sector is dirty by it."""
+        bit = sector * 512 >> self.granularity_bits
+        return bool(self.bits[bit >> 3] >> (bit & 7) & 1)
 
 
 @dataclass(slots=True)
@@ -50,6 +66,7 @@ class Structure:
     """(guest offset, host offset) of each plain data cluster of the active disk."""
     dirty: bool = False
     """The dirty bit is set."""
+    bitmaps: list[Bitmap] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     """``size``, ``backing`` (name, format), ``features`` (version, incompatible, compatible, autoclear), ``snapshots``
     ((id, name, size, digest of contents), ...): each is old or new after a crash, never a mix."""
@@ -155,7 +172,7 @@ class _Judge:
         facts["size"] = size
         name_at, name_length = struct.unpack_from(">QI", content, 8)
         self.touch(name_at, name_length)
-        backing_format = b""
+        backing_format, bitmaps = b"", None
         at = struct.unpack_from(">I", content, 100)[0] if version >= 3 else 72
         while at + 8 <= min(len(content), 1 << self.bits):
             self.touch(at, 8)
@@ -165,11 +182,45 @@ class _Judge:
             self.touch(at, 8 + length)
             if kind == _BACKING_FORMAT:
                 backing_format = content[at + 8 : at + 8 + length]
+            elif kind == _BITMAPS and length == 24:
+                bitmaps = struct.unpack_from(">I4xQQ", content, at + 8)
             at += 8 + (length + 7 & ~7)
         facts["backing"] = (content[name_at : name_at + name_length] if name_at else b"", backing_format)
         incompatible, compatible, autoclear = struct.unpack_from(">QQQ", content, 72) if version >= 3 else (0, 0, 0)
         self.result.dirty = bool(incompatible & _DIRTY)
-        facts["features"] = (version, incompatible & ~_DIRTY, compatible, autoclear)
+        # The dirty bit and the bitmaps' bit come and go by right.
+        facts["features"] = (version, incompatible & ~_DIRTY, compatible, autoclear & ~_BITMAPS_VALID)
+        if bitmaps is not None and autoclear & _BITMAPS_VALID:
+            self._bitmaps(*bitmaps)
+
+    def _bitmaps(self, count: int, length: int, offset: int) -> None:
+        """The directory, and for each bitmap its table and its bits: all of them hold references."""
+        content, cluster_bytes = self.content, 1 << self.bits
+        self._table(offset, -(-length >> self.bits), "bitmap directory", 0)
+        self.touch(offset, length)
+        at = offset
+        for number in range(count):
+            if at + 24 > len(content):
+                self._find(f"the bitmap directory ends before bitmap {number}", 0, at)
+                return
+            table, entries, flags, _, granularity, name_length, extra = struct.unpack_from(">QIIBBHI", content, at)
+            name = content[at + 24 + extra :][:name_length]
+            if table + entries * 8 > len(content) or extra or not 9 <= granularity <= 31:
+                self._find(f"the bitmap directory's entry {number} is none", 0, at)
+                return
+            if entries:
+                self._table(table, -(-entries * 8 >> self.bits), f"table of bitmap {number}", at)
+            bits = b""
+            for index, word in enumerate(self._words(table, entries)):
+                host = word & _OFFSET
+                if host:
+                    self._refer(host >> self.bits, f"bitmap {number}[{index}]", table + index * 8)
+                    self.touch(host, cluster_bytes)
+                    bits += content[host : host + cluster_bytes].ljust(cluster_bytes, b"\0")
+                else:
+                    bits += (b"\xff" if word & 1 else b"\0") * cluster_bytes
+            self.result.bitmaps.append(Bitmap(name, granularity, flags & 3 == 2, bits))
+            at = at + 24 + extra + name_length + 7 & ~7
 
     def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None, name: str = "") -> None:
         self.result.findings.append(Finding(text, pointer_at, target_at, name))

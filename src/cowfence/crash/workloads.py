@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 from cowfence.crash.cases import Case, Fault, Nested, crash_points, record
@@ -38,6 +38,11 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(keeper=True, aged=True),
         ImageSpec(keeper=True, aged=True, snapshots=1, cache=1),
         ImageSpec(keeper=True, refcount_bits=64, full=True),
+        ImageSpec(bitmap=True),
+        ImageSpec(bitmap=True, aged=True),
+        ImageSpec(bitmap=True, aged=True, snapshots=1, cache=1, backing="qcow2"),
+        ImageSpec(bitmap=True, keeper=True, refcount_bits=64, full=True),
+        ImageSpec(bitmap=True, aged=True, cluster_bytes=4096, refcount_bits=1),
         ImageSpec(dirty=True),
         ImageSpec(dirty=True, aged=True),
         ImageSpec(dirty=True, aged=True, refcount_bits=1),
@@ -196,8 +201,9 @@ def nested(images: Sequence[ImageSpec]) -> Iterator[Case]:
                     yield Case(image, script, nested=Nested(position, repair))
 
 
-def walk(seed: int, length: int = 60) -> Case:
-    """A random walk: a long mixed script on a small image, with operations inside calls."""
+def walk(seed: int, length: int = 60, *, only: Collection[str] | None = None) -> Case:
+    """A random walk: a long mixed script on a small image, with operations inside calls. ``only``: of these operations."""
+    known = {name: operation for name, operation in OPERATIONS.items() if only is None or name in only}
     rng = random.Random(seed)
     image = rng.choice([image for image in all_images() if image.cluster_bytes == 512])
     size = disk_bytes(image)
@@ -213,8 +219,8 @@ def walk(seed: int, length: int = 60) -> Case:
         count = min(rng.choice([1, 1, 1, 2, 3]), size // 512 - cluster)
         return Step(verb, cluster * 512, count * 512)
 
-    placed = [name for name, operation in OPERATIONS.items() if operation.places and name not in ("write", "read")]
-    single = [name for name, operation in OPERATIONS.items() if not operation.places and name != "flush"]
+    placed = [name for name, operation in known.items() if operation.places and name not in ("write", "read")]
+    single = [name for name, operation in known.items() if not operation.places and name != "flush"]
     verbs = ["write"] * 6 + placed * 2 + ["flush"] * 4 + (single if rng.random() < 0.3 else [])
     inner = [name for name in placed if OPERATIONS[name].request is not None] + ["write"] * 4 + ["read"]
     script = tuple(step(verbs) for _ in range(length))

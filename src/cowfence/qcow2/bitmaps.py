@@ -119,7 +119,7 @@ class Bitmaps:
     def _find(self, name: str) -> _Held:
         held = self._load().get(_stored_name(name))
         if held is None:
-            raise Invalid(f"{self._state.storage.name}: there is no bitmap {name!a}")
+            raise Invalid(f"Dirty bitmap '{name}' not found")
         return held
 
     def _bits(self, held: _Held) -> DirtyBits:
@@ -183,13 +183,11 @@ class Bitmaps:
             granularity_bytes = max(4 * KIB, min(_DEFAULT_GRANULARITY_BYTES, state.geometry.cluster_bytes))
         bits = granularity_bytes.bit_length() - 1
         if granularity_bytes != 1 << bits or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
-            raise Invalid(
-                f"{state.storage.name}: a granularity of {granularity_bytes} bytes is no power of two from 512 bytes to 2 GiB"
-            )
+            raise Invalid("Granularity must be power of 2 and at least 512, and at most 2 GiB")
         if state.header.version < 3:
             raise Invalid(f"{state.storage.name}: bitmaps need compatibility level 1.1 or above")
         if stored in self._load():
-            raise Invalid(f"{state.storage.name}: there is a bitmap {name!a} already")
+            raise Invalid(f"Bitmap already exists: {name}")
         entry = BitmapEntry(stored, 0, 0, AUTO if enabled else 0, bits)
         self._change(lambda held: {**held, stored: _Held(entry, DirtyBits(bits, state.size), stored=False)})
 

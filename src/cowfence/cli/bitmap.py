@@ -1,0 +1,90 @@
+"""``cowfence bitmap``: persistent dirty bitmaps, with the options of ``qemu-img bitmap``; ``--extents`` lists one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_bytes
+from cowfence.errors import Invalid
+
+_VERBS = ("add", "remove", "clear", "enable", "disable")
+
+
+class _Append(argparse.Action):
+    """The changes in the order in which they were given."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        assert option_string is not None
+        namespace.actions = [*namespace.actions, (option_string[2:], values or "")]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(actions=[])
+    helps = {
+        "add": "make it; it records from now on",
+        "remove": "remove it",
+        "clear": "nothing is dirty",
+        "enable": "let it record",
+        "disable": "let it stay as it is",
+    }
+    for verb in _VERBS:
+        parser.add_argument(f"--{verb}", action=_Append, nargs=0, help=helps[verb])
+    parser.add_argument("--merge", action=_Append, metavar="SOURCE", help="dirty wherever the bitmap SOURCE is, too")
+    parser.add_argument("--extents", action="store_true", help="print what it has recorded")
+    parser.add_argument("-b", dest="source_file", metavar="FILE", help="the image that has SOURCE (default: the same one)")
+    parser.add_argument("-F", dest="source_format", metavar="FORMAT", help="format of that image")
+    parser.add_argument(
+        "-g", dest="granularity", type=size_bytes, metavar="SIZE", help="bytes for each bit of a bitmap that is added"
+    )
+    parser.add_argument("-f", dest="format", default="qcow2", metavar="FORMAT", help="format of the image")
+    parser.add_argument("-U", "--force-share", action="store_true", help="with --extents: also while another process writes")
+    add_output_option(parser)
+    add_reference_options(parser)
+    parser.add_argument("image")
+    parser.add_argument("name", help="of the bitmap")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cowfence.ops.bitmap import Action, Verb, change_bitmap, dirty_extents
+
+    actions = [Action(Verb(verb), source) for verb, source in arguments.actions]
+    refs = references(arguments, arguments.image)
+    if arguments.extents:
+        if actions:
+            raise Invalid("--extents changes nothing: it cannot be combined with changes")
+        extents = dirty_extents(arguments.image, arguments.name, refs=refs, force_share=arguments.force_share)
+        if arguments.output == "json":
+            print_json([{"start": start, "length": length, "dirty": True} for start, length in extents])
+        else:
+            print(f"{'Offset':<16}Length")
+            for start, length in extents:
+                print(f"{start:<#16x}{length:#x}")
+        return 0
+    _check(arguments, {action.verb.value for action in actions})
+    changed = change_bitmap(
+        arguments.image,
+        arguments.name,
+        actions,
+        format=arguments.format,
+        granularity_bytes=arguments.granularity,
+        source=arguments.source_file,
+        source_format=arguments.source_format or "qcow2",
+        refs=refs,
+    )
+    if arguments.output == "json":
+        print_json(changed.to_dict())
+    return 0
+
+
+def _check(arguments: argparse.Namespace, verbs: set[str]) -> None:
+    if not verbs:
+        raise Invalid("Need at least one of --add, --remove, --clear, --enable, --disable, --merge, or --extents")
+    if arguments.granularity is not None and "add" not in verbs:
+        raise Invalid("granularity only supported with --add")
+    if arguments.source_file is not None and "merge" not in verbs:
+        raise Invalid("Merge bitmap source file only supported with --merge")
+    if arguments.source_format is not None and arguments.source_file is None:
+        raise Invalid("-F only supported with -b")
+    if arguments.force_share:
+        raise Invalid("-U only supported with --extents")

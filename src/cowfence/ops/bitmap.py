@@ -1,0 +1,99 @@
+"""Change the persistent dirty bitmaps of an image, or list what one of them has recorded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from cowfence.chain import open_chain
+from cowfence.disk.opener import Refs
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.qcow2.bitmaps import Bitmap
+from cowfence.qcow2.image import Options
+
+
+class Verb(Enum):
+    ADD = "add"
+    REMOVE = "remove"
+    CLEAR = "clear"
+    ENABLE = "enable"
+    DISABLE = "disable"
+    MERGE = "merge"
+
+
+class Action(NamedTuple):
+    """One change. ``source``: for MERGE, the name of the bitmap that is merged in."""
+
+    verb: Verb
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The bitmaps of the image afterwards."""
+
+    bitmaps: tuple[Bitmap, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return {"bitmaps": [bitmap._asdict() for bitmap in self.bitmaps]}
+
+
+def change_bitmap(
+    path: str | os.PathLike[str],
+    name: str,
+    actions: Sequence[Action],
+    *,
+    format: str = "qcow2",
+    granularity_bytes: int | None = None,
+    source: str | os.PathLike[str] | None = None,
+    source_format: str = "qcow2",
+    refs: Refs | None = None,
+) -> Changed:
+    """Carry out the actions on the bitmap ``name``, in their order, each atomic.
+
+    ``source``: the image that MERGE takes its bitmap from (default: the same one). Raises Invalid, and what opening the images
+    raises.
+    """
+    options = Options(commit_interval=None)
+    _only_qcow2(path, format)
+    with open_chain(path, writable=True, refs=refs, options=options, backing=False) as disk:
+        for action in actions:
+            bitmaps = disk.bitmaps
+            try:
+                match action.verb:
+                    case Verb.ADD:
+                        bitmaps.add(name, granularity_bytes=granularity_bytes)
+                    case Verb.REMOVE:
+                        bitmaps.remove(name)
+                    case Verb.CLEAR:
+                        bitmaps.clear(name)
+                    case Verb.ENABLE:
+                        bitmaps.enable(name)
+                    case Verb.DISABLE:
+                        bitmaps.disable(name)
+                    case Verb.MERGE if source is None:
+                        bitmaps.merge(name, [bitmaps.bits_of(action.source)])
+                    case Verb.MERGE:
+                        _only_qcow2(source, source_format)
+                        with open_chain(source, refs=refs, backing=False) as other:
+                            bits = other.bitmaps.bits_of(action.source)
+                        bitmaps.merge(name, [bits])
+            except Invalid as error:
+                raise Invalid(f"Operation {action.verb.value} on bitmap {name} failed: {error}") from None
+        return Changed(tuple(disk.bitmaps))
+
+
+def dirty_extents(
+    path: str | os.PathLike[str], name: str, *, refs: Refs | None = None, force_share: bool = False
+) -> list[tuple[int, int]]:
+    """The ranges (offset, length in bytes) that a bitmap has recorded. Raises Invalid, and what opening raises."""
+    with open_chain(path, refs=refs, force_share=force_share, backing=False) as disk:
+        return disk.bitmaps.ranges(name)
+
+
+def _only_qcow2(path: str | os.PathLike[str], format: str) -> None:
+    if format != "qcow2":
+        raise CowfenceError(f"{os.fspath(path)}: format {format} has no persistent bitmaps")
