@@ -46,6 +46,10 @@ class ImageSpec(NamedTuple):
     """All clusters that the one refcount block covers are nearly used up."""
     cold: bool = False
     """Nothing is in the page cache: every read has to wait."""
+    smaller: bool = False
+    """The snapshots are of a disk of half the size; what they hold behind it is a machine's saved state."""
+    wide: bool = False
+    """The L1 table takes two sectors."""
     keeper: bool = False
     """A keeper watches the writer: after a kill the state is judged when it has done its work (C4)."""
     dirty: bool = False
@@ -60,7 +64,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper", "dirty")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "wide", "keeper", "dirty")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -106,6 +110,8 @@ def disk_bytes(spec: ImageSpec) -> int:
     """The guest's disk: two L2 tables where clusters are small, a dozen clusters where they are not."""
     if spec.full:
         return 256 * spec.cluster_bytes
+    if spec.wide:
+        return 66 * (spec.cluster_bytes // 8) * spec.cluster_bytes
     return 128 * spec.cluster_bytes if spec.cluster_bytes == SECTOR_BYTES else 12 * spec.cluster_bytes
 
 
@@ -137,7 +143,7 @@ def build(spec: ImageSpec) -> Built:
     elif spec.short_l1 or spec.snapshots:
         content = _worked_on(content, [("write", 0, 4 * cluster)])
     for number in range(spec.snapshots):
-        content = snapshotted(content, number)
+        content = snapshotted(content, number, size // 2 if spec.smaller else size)
     if spec.short_l1:
         content = content[:36] + struct.pack(">I", 1) + content[40:]
     if spec.dirty:
@@ -260,8 +266,9 @@ def compressed(content: bytes, guests: list[int], *, share: bool = True) -> byte
     return bytes(patch.data)
 
 
-def snapshotted(content: bytes, number: int = 0) -> bytes:
-    """``content`` with one more internal snapshot of all of it: counts up, COPIED off, the L1 table copied."""
+def snapshotted(content: bytes, number: int = 0, size_bytes: int | None = None) -> bytes:
+    """``content`` with one more internal snapshot of all of it: counts up, COPIED off, the L1 table copied. ``size_bytes``: of
+    its disk (default: that of the image)."""
     patch = Patch(content)
     cluster = 1 << patch.bits
     l1, entries = patch.word(40), struct.unpack_from(">I", patch.data, 36)[0]
@@ -273,11 +280,12 @@ def snapshotted(content: bytes, number: int = 0) -> bytes:
             for at in range(l1_entry, l1_entry + cluster, 8):
                 _count_entry(patch, at)
     copy = patch.append(bytes(patch.data[l1 : l1 + entries * 8]))
-    patch.count(copy // cluster, 1)
+    for shared in range(copy // cluster, -(-(copy + entries * 8) // cluster)):
+        patch.count(shared, 1)
     count, old = struct.unpack_from(">IQ", patch.data, 60)
     ident, name = b"%d" % (number + 1), b"snap%d" % number
     record = struct.pack(">QIHHIIQII", copy, entries, len(ident), len(name), 0, 0, 0, 0, 16)
-    record += struct.pack(">QQ", 0, patch.word(24)) + ident + name
+    record += struct.pack(">QQ", 0, patch.word(24) if size_bytes is None else size_bytes) + ident + name
     record = record.ljust(-(-len(record) // 8) * 8, b"\0")
     before = bytes(patch.data[old : old + _snapshot_table_bytes(patch.data, old, count)]) if count else b""
     table = patch.append(before + record)

@@ -34,6 +34,8 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(cold=True, aged=True, snapshots=1, cache=1),
         ImageSpec(short_l1=True),
         ImageSpec(short_l1=True, snapshots=1),
+        ImageSpec(aged=True, snapshots=1, smaller=True),
+        ImageSpec(aged=True, snapshots=2, smaller=True, cache=1),
         ImageSpec(keeper=True),
         ImageSpec(keeper=True, aged=True),
         ImageSpec(keeper=True, aged=True, snapshots=1, cache=1),

@@ -46,6 +46,16 @@ class Alteration:
         with self.state.lock:
             reassemble(self.state)
 
+    def forget(self) -> bool:
+        """What is still pending is forgotten: after a transaction that failed, before its PREPARE is undone; and before tables
+        are written straight, because what RECLAIM could not write would come after them. ``read_again`` before the next
+        transaction.
+
+        False where a LINK had begun, or a fence failed: the image is read-only, and nothing may be written any more.
+        """
+        _give_up(self.state)
+        return self.state.committer.broken is None
+
 
 def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[[Alteration], T]) -> T:
     """Close the gate, carry out ``body``, read the state again, open the gate.
@@ -80,6 +90,8 @@ def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[
 
 def _give_up(state: State) -> None:
     with state.lock:
+        # A guest's flush may be about to carry out what failed: it is over, or has not begun, when this goes on.
+        state.committer.wait_until_idle()
         if state.pending.drop() and state.committer.broken is None:
             state.committer.broken = ReadOnly(
                 f"{state.storage.name}: altering the image failed half-way; it is read-only until it is opened again"
