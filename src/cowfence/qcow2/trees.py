@@ -149,7 +149,7 @@ class Trees:
     # The COPIED flags
 
     def clear_copied(self, l1_offset: int, l1_entries: int, *, active: bool) -> bool:
-        """The flag off in the L2 tables of a tree, and in its L1 table where that is the active one; True if it was on anywhere.
+        """The flag off in the L2 tables of a tree, and in its L1 table if that is the active one; True if it was on anywhere.
 
         In LINK, and not fenced. As long as there is one reference, a flag that is off is harmless.
         """
