@@ -209,8 +209,8 @@ class Walk:
             assert isinstance(facts, dict)
             assert content is None or isinstance(content, bytes)
             self._alterations[position] = guest.begin_alteration(facts, content), facts
-        elif event == "end" and of in self._alterations:
-            guest.end_alteration(*self._alterations.pop(_number(of)))
+        elif event in ("end", "refused") and of in self._alterations:
+            guest.end_alteration(*self._alterations.pop(_number(of)), done=event == "end")
             return self._device.settle()
         elif event == "write.begin":
             data = fields["data"]

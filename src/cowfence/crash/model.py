@@ -83,8 +83,8 @@ class GuestModel:
         self.facts[name] = self.facts[name][-1:]
 
     def begin_alteration(self, facts: Mapping[str, object], content: bytes | None) -> int:
-        """An alteration begins that will make facts these, and, unless ``content`` is None, the disk that. Returns the token for
-        ``end_alteration``."""
+        """An alteration begins that will make facts these, and, unless ``content`` is None, the disk that. Returns the token
+        for ``end_alteration``."""
         self.changes += 1
         for name, value in facts.items():
             self.begin_fact(name, value)
@@ -92,12 +92,12 @@ class GuestModel:
         self._other_changed = {} if content is None else self.changed_sectors(content)
         return self.begin_flush()
 
-    def end_alteration(self, token: int, facts: Mapping[str, object]) -> None:
-        """It has returned: it is durable, and so is all that was acknowledged before it."""
+    def end_alteration(self, token: int, facts: Mapping[str, object], *, done: bool) -> None:
+        """It has returned, or been refused: it is durable, and so is all that was acknowledged before it."""
         for name in facts:
             self.end_fact(name)
         self.end_flush(token)
-        if self._other is not None:
+        if self._other is not None and done:
             sectors = -(-max(len(self._other), len(self.content), self.size) // SECTOR_BYTES)
             for sector in range(sectors):
                 self._past.setdefault(sector, set()).update(self.allowed(sector))

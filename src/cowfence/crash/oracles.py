@@ -37,8 +37,8 @@ class Opens:
 
 
 class Contents:
-    """C2, C3 and C17: each guest sector is its flushed value, or one written to that very sector since. C7: or the whole disk is
-    the one that takes its place."""
+    """C2, C3 and C17: each guest sector is its flushed value, or one written to that very sector since. C7: or the whole disk
+    is the one that takes its place."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
         if seen.error is not None or guest.is_other_disk(seen.changed):
@@ -72,8 +72,8 @@ class Sound:
 
 
 class Facts:
-    """C6 to C9: snapshots, size, backing file and features are old or new. Where the list of the snapshots is one of them and only
-    what they hold is not, it is C6."""
+    """C6 to C9: snapshots, size, backing file and features are old or new. Where the list of the snapshots is one of them and
+    only what they hold is not, it is C6."""
 
     _CLAUSES = (("snapshots", "C7"), ("size", "C8"), ("backing", "C9"), ("features", "C9"))
 

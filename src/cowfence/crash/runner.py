@@ -198,7 +198,7 @@ class Run:
     # Operations
 
     def step(self, step: Step) -> None:
-        """Carry one out. Where calls may fail, so may it; past the end of a disk that has become smaller there is nothing to do."""
+        """Carry one out. Where calls may fail, so may it; past the end of a disk that has become smaller it is left out."""
         if step.offset + step.length_bytes > self.disk.size:
             return
         try:
@@ -237,8 +237,8 @@ class Run:
 
     @contextmanager
     def altering(self, content: bytes | None = None) -> Iterator[Facts]:
-        """An alteration of the whole image; ``content``: what the disk will be. Gives what the facts of the image are before and,
-        once it is over, after. One that is refused as Invalid has changed nothing."""
+        """An alteration of the whole image; ``content``: what the disk will be. Gives what the facts of the image are before
+        and, once it is over, after. One that is refused as Invalid has changed nothing."""
         facts: dict[str, object] = {}
         known = Facts(inspect(self.memory.snapshot()).facts, {})
         token = self.log.note("alter.begin", facts=facts, content=content)
@@ -247,9 +247,7 @@ class Run:
             yield known
             event = "end"
         except Invalid:
-            event = "end"
-            if content is not None:
-                self.log.note("refused", of=token)
+            event = "refused"
         finally:
             known.after.update(inspect(self.memory.snapshot()).facts)
             facts.update((name, value) for name, value in known.after.items() if value != known.before[name])
