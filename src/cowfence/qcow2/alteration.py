@@ -99,12 +99,11 @@ def _give_up(state: State) -> None:
 
 
 def _read_again(state: State) -> None:
-    if state.committer.broken is not None:
-        return
+    """Also where nothing may be written any more: what was linked is what readers must follow, for the old may be gone."""
     try:
         reassemble(state)
     except CowfenceError as failure:
-        state.committer.broken = ReadOnly(
+        state.committer.broken = state.committer.broken or ReadOnly(
             f"{state.storage.name}: it cannot be read any more ({failure}); it is read-only until it is opened again"
         )
         raise

@@ -57,7 +57,8 @@ class Trees:
         found = self._survey
         census = Census(self._state.storage, self._state.geometry)
         census.stored = found.census.stored
-        census.references = np.zeros_like(found.census.references)
+        # Not zeros_like: that would touch every page of it.
+        census.references = np.zeros(len(found.census.references), found.census.references.dtype)
         clusters, times = np.unique(self._l2_clusters(l1_offset, l1_entries), return_counts=True)
         starts = self._ramp_starts(clusters)
         is_ramp = starts != 0
@@ -96,9 +97,7 @@ class Trees:
         given back. Not fenced."""
         self._state.committer.unfenced_reclaim = True
         self._add(tree, -1)
-        self._write_counts(tree, Stage.RECLAIM, "refcount.decrement")
-        if self._state.discards:
-            self._punch(tree)
+        self._write_counts(tree, Stage.RECLAIM, "refcount.decrement", discard=self._state.discards)
 
     def take_back(self) -> None:
         """What ``raise_counts`` did, or did in part, is undone: nothing that leads there was ever linked. Not fenced."""
@@ -111,8 +110,8 @@ class Trees:
         stored = self._stored[: len(tree)]
         (np.add if sign > 0 else np.subtract)(stored, tree, out=stored, casting="unsafe")
 
-    def _write_counts(self, tree: Counts, stage: Stage, mark: str) -> None:
-        """Write the counts of all that a tree leads to."""
+    def _write_counts(self, tree: Counts, stage: Stage, mark: str, *, discard: bool = False) -> None:
+        """Write the counts of all that a tree leads to; ``discard``: and give back the host space of what nothing leads to."""
         state = self._state
         per_block = state.geometry.refcounts_per_block
         for index in range(div_up(len(tree), per_block)):
@@ -129,6 +128,8 @@ class Trees:
                 np.copyto(counts[: len(changed)], self._stored[first : first + len(changed)], where=changed, casting="unsafe")
             data = counts_bytes(counts, state.geometry.refcount_bits)
             write_changes(state.storage, state.layout, [Change(stage, 0, offset, data, mark, Kind.REFCOUNT_BLOCK)])
+            if discard:
+                self._punch(np.flatnonzero(changed & (self._stored[first : first + len(changed)] == 0)) + first)
 
     def _block(self, offset: int) -> Counts:
         """The counts of a block, as they stand on disk, in an array of its own."""
@@ -136,9 +137,8 @@ class Trees:
         data = self._file.bytes_at(offset, self._state.geometry.cluster_bytes)
         return data.view(f">u{bits // 8}").astype(f"u{bits // 8}") if bits >= 8 else counts_view(data, bits)
 
-    def _punch(self, tree: Counts) -> None:
+    def _punch(self, emptied: Clusters) -> None:
         bits = self._state.geometry.cluster_bits
-        emptied = np.flatnonzero((tree != 0) & (self._stored[: len(tree)] == 0))
         for start, stop in runs_of(emptied) if len(emptied) else ():
             try:
                 self._state.storage.discard(int(emptied[start]) << bits, (stop - start) << bits, "host.discard")
