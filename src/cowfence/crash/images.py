@@ -48,6 +48,8 @@ class ImageSpec(NamedTuple):
     """Nothing is in the page cache: every read has to wait."""
     smaller: bool = False
     """The snapshots are of a disk of half the size; what they hold behind it is a machine's saved state."""
+    diverged: bool = False
+    """The disk went its own way since the snapshots were taken, and flags are set where only these lead (as QEMU does it)."""
     wide: bool = False
     """The L1 table takes two sectors."""
     keeper: bool = False
@@ -64,7 +66,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "wide", "keeper", "dirty")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "diverged", "wide", "keeper", "dirty")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -126,6 +128,8 @@ def build(spec: ImageSpec) -> Built:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
         raise Invalid("these small images have room for two snapshots")
+    if spec.diverged and not spec.snapshots:
+        raise Invalid("a disk diverges from its snapshots")
     if spec.snapshots and spec.refcount_bits == 1:
         raise Invalid("a snapshot needs refcounts of two bits or more")
     size = disk_bytes(spec)
@@ -144,6 +148,8 @@ def build(spec: ImageSpec) -> Built:
         content = _worked_on(content, [("write", 0, 4 * cluster)])
     for number in range(spec.snapshots):
         content = snapshotted(content, number, size // 2 if spec.smaller else size)
+    if spec.diverged:
+        content = _flagged(_worked_on(content, [("write", 0, 2 * cluster), ("write", 6 * cluster, cluster)], serial=91))
     if spec.short_l1:
         content = content[:36] + struct.pack(">I", 1) + content[40:]
     if spec.dirty:
@@ -207,22 +213,29 @@ class Patch:
     def put(self, at: int, value: int) -> None:
         struct.pack_into(">Q", self.data, at, value)
 
+    def counted(self, cluster: int) -> int:
+        """One refcount."""
+        at, shift = self._count_at(cluster)
+        if self.width >= 8:
+            return int.from_bytes(self.data[at : at + self.width // 8], "big")
+        return self.data[at] >> shift & (1 << self.width) - 1
+
     def count(self, cluster: int, change: int) -> None:
         """Change one refcount."""
-        table = self.word(48)
-        per_block = (8 << self.bits) // self.width
-        block = self.word(table + cluster // per_block * 8)
-        index = cluster % per_block
+        at, shift = self._count_at(cluster)
+        value = self.counted(cluster) + change
         if self.width >= 8:
-            size = self.width // 8
-            at = block + index * size
-            value = int.from_bytes(self.data[at : at + size], "big") + change
-            self.data[at : at + size] = value.to_bytes(size, "big")
-            return
-        at, shift = block + index * self.width // 8, index * self.width % 8
-        mask = (1 << self.width) - 1
-        value = (self.data[at] >> shift & mask) + change
-        self.data[at] = self.data[at] & ~(mask << shift) | value << shift
+            self.data[at : at + self.width // 8] = value.to_bytes(self.width // 8, "big")
+        else:
+            mask = (1 << self.width) - 1
+            self.data[at] = self.data[at] & ~(mask << shift) | value << shift
+
+    def _count_at(self, cluster: int) -> tuple[int, int]:
+        """Where it stands: the byte, and the bit in it."""
+        per_block = (8 << self.bits) // self.width
+        block = self.word(self.word(48) + cluster // per_block * 8)
+        index = cluster % per_block
+        return block + index * self.width // 8, index * self.width % 8
 
     def l2_at(self, guest: int) -> int:
         """Where the L2 entry of a guest offset stands."""
@@ -308,6 +321,21 @@ def _dirty(content: bytes) -> bytes:
     patch.count(patch.append(bytes(cluster)) // cluster, 1)
     for at, bit in ((72, 1), (80, 1)):
         patch.put(at, patch.word(at) | bit)
+    return bytes(patch.data)
+
+
+def _flagged(content: bytes) -> bytes:
+    """``content`` with COPIED set in the L2 tables of its snapshots, where they alone lead to a cluster."""
+    patch = Patch(content)
+    at = patch.word(64)
+    for _ in range(struct.unpack_from(">I", patch.data, 60)[0]):
+        l1, entries = struct.unpack_from(">QI", patch.data, at)
+        for l1_entry in struct.unpack_from(f">{entries}Q", patch.data, l1):
+            for entry_at in range(l1_entry, l1_entry + (1 << patch.bits) if l1_entry else 0, 8):
+                entry = patch.word(entry_at)
+                if entry & _OFFSET and not entry >> 62 and patch.counted((entry & _OFFSET) >> patch.bits) == 1:
+                    patch.put(entry_at, entry | _COPIED)
+        at += _snapshot_table_bytes(patch.data, at, 1)
     return bytes(patch.data)
 
 
