@@ -182,7 +182,7 @@ def test_a_name_that_is_also_an_id_is_taken_as_qemu_img_takes_it(tmp_path: Path)
 def test_mistakes_end_alike(words: tuple[str, ...], tmp_path: Path) -> None:
     image = tmp_path / "image"
     run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(_SIZE)])
-    operands = [*words, image] if words else []
+    operands: list[str | Path] = [*words, image] if words else []
     ours, theirs = run_cowfence("snapshot", *operands, check=False), run(["qemu-img", "snapshot", *operands], check=False)
     assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout) == (1, "")
     assert len(ours.stderr.splitlines()) == 1

@@ -174,8 +174,10 @@ class Trees:
             for at, start in enumerate(self._ramp_starts(clusters).tolist()):
                 first = (start & OFFSET_MASK) >> self._state.geometry.cluster_bits
                 if start and (self._stored[first : first + per] == 1).all():
-                    changed[at] = (entries[at] & _COPIED_ON_DISK != _COPIED_ON_DISK).any()
-                    entries[at] |= _COPIED_ON_DISK
+                    # All the entries of a ramp have the same flags.
+                    if not entries[at, 0] & _COPIED_ON_DISK:
+                        entries[at] |= _COPIED_ON_DISK
+                        changed[at] = True
                 else:
                     single = self._single(entries[at])
                     changed[at] = single.any()
