@@ -133,6 +133,22 @@ def test_apply_after_the_image_has_grown(grown_by: Callable[[str, str, Path], No
     assert read_by_us(image, None) == large == read_by_qemu(image, None, tmp_path / "raw")
 
 
+@pytest.mark.parametrize("take", [by_us, by_qemu])
+def test_a_disk_without_any_bytes(take: Callable[[str, str, Path], None], tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", image, "0"])
+    take("c", "nothing", image)
+    clean(image)
+    run(["qemu-img", "resize", "-q", image, str(_SIZE)])
+    run(["qemu-io", "-c", "write -P 7 1M 64k", image])
+    take("c", "something", image)
+    for verb, which in (("a", "nothing"), ("a", "something"), ("d", "nothing"), ("d", "something")):
+        take(verb, which, image)
+        clean(image)
+    assert read_by_us(image, None) == read_by_qemu(image, None, tmp_path / "raw")
+    assert read_by_us(image, None)[1 << 20 :][: 64 << 10] == b"\7" * (64 << 10)
+
+
 def test_flags_that_qemu_leaves_in_a_snapshots_tables(tmp_path: Path) -> None:
     """QEMU's apply sets COPIED in tables that only a snapshot has left; ours must clear them before it shares them again."""
     image = tmp_path / "image"

@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import numpy as np
+
 from cowfence.errors import CowfenceError, Invalid, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.entries import COPIED
@@ -109,8 +111,8 @@ def apply(alteration: Alteration, which: str) -> Snapshot:
     trees.check_room(new)
     stored = read_exact(state.storage, snapshot.l1_offset, snapshot.l1_entries * 8, Kind.SNAPSHOT_L1.value)
     l1 = Table.from_bytes(Kind.L1, 0, 0, stored.ljust(entries * 8, b"\0"))
-    for index, word in enumerate(l1.entries):
-        l1.entries[index] = word & ~COPIED
+    words = l1.view()
+    words &= np.uint64(COPIED - 1)
 
     def plan() -> None:
         content = l1.content()

@@ -159,7 +159,7 @@ class Trees:
             on = (np.bitwise_or.reduce(entries, axis=1) & _COPIED_ON_DISK) != 0
             if on.any():
                 entries &= ~_COPIED_ON_DISK
-                self._write_tables(clusters, rows, on, "copied.clear")
+                self._write_tables(clusters, rows, on, "copied_off.link")
                 written = True
         return written
 
@@ -182,7 +182,7 @@ class Trees:
                     single = self._single(entries[at])
                     changed[at] = single.any()
                     entries[at][single] |= _COPIED_ON_DISK
-            self._write_tables(clusters, rows, changed, "copied.set")
+            self._write_tables(clusters, rows, changed, "copied_on.link")
 
     def _single(self, entries: Words) -> NDArray[np.bool_]:
         """Which entries lack the flag, though the one reference to their cluster is theirs."""
@@ -201,7 +201,7 @@ class Trees:
         if not changed.any():
             return False
         entries[changed] ^= _COPIED_ON_DISK
-        mark = "copied.set" if on else "copied.clear"
+        mark = "copied_on.link" if on else "copied_off.link"
         write_changes(state.storage, state.layout, [Change(Stage.LINK, 0, l1_offset, data, mark, Kind.L1)])
         return True
 
