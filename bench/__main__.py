@@ -21,6 +21,7 @@ from bench.measure import Row
 
 ROWS: dict[str, Callable[[Path, Path, int], Iterator[Row]]] = {
     "P5": rows.check,
+    "P6": rows.snapshot,
     "P7": rows.random_read,
     "P8": rows.random_write_in_place,
     "P9": rows.allocating_write,

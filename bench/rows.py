@@ -6,10 +6,11 @@ import importlib.util
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cowfence
@@ -70,6 +71,29 @@ def check(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
         )
         yield Row("P5", "check, 1 TiB, preallocation=metadata", peer, theirs, ours, "s", target, "low", note)
         image.unlink()
+
+
+def snapshot(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
+    """P6. Each works on an image of its own, which is as it was before each measurement."""
+    theirs = _create(fast / "theirs.qcow2", "1T", "-o", "preallocation=metadata")
+    ours = _create(fast / "ours.qcow2", "1T", "-o", "preallocation=metadata")
+    seconds: dict[str, list[float]] = {"-c": [], "-d": []}
+
+    def measure(command: Sequence[str], image: Path) -> float:
+        for option, found in seconds.items():
+            found.append(command_seconds([*command, "snapshot", option, "bench", str(image)]))
+        return seconds["-c"][-1] + seconds["-d"][-1]
+
+    measure([*_COWFENCE], ours)
+    measure(["qemu-img"], theirs)
+    for found in seconds.values():
+        found.clear()
+    peer, own = in_turn(pairs, lambda: measure(["qemu-img"], theirs), lambda: measure(_COWFENCE, ours))
+    parts = [statistics.median(found[side::2]) for side in (0, 1) for found in seconds.values()]
+    note = f"create {parts[0]:.2f} and {parts[2]:.2f} s, delete {parts[1]:.2f} and {parts[3]:.2f} s"
+    yield Row("P6", "snapshot create, then delete, on that image", version_of("qemu-img"), peer, own, "s", 10.0, "low", note)
+    theirs.unlink()
+    ours.unlink()
 
 
 def _serve_pairs(image: Callable[[], Path], fast: Path, pairs: int, rw: str, **options: object) -> tuple[float, float]:

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
         WouldBlock,
     )
     from cowfence.extents import Extent
+    from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
     from cowfence.qcow2.describe import ImageInfo
     from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk
+    from cowfence.qcow2.snapshot_table import Snapshot
 
 __version__ = "0.1.0"
 
@@ -63,12 +65,16 @@ __all__ = [
     "Refs",
     "Refused",
     "Request",
+    "Snapshot",
     "StorageFailed",
     "Unsupported",
     "Verb",
     "WouldBlock",
     "__version__",
+    "apply_snapshot",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "open",
     "open_chain",
 ]
@@ -94,8 +100,10 @@ _HOMES: Final = {
         "WouldBlock",
     ),
     "cowfence.extents": ("Extent",),
+    "cowfence.ops.snapshot": ("apply_snapshot", "create_snapshot", "delete_snapshot"),
     "cowfence.qcow2.describe": ("ImageInfo",),
     "cowfence.qcow2.image": ("CacheMode", "Options", "Qcow2Disk"),
+    "cowfence.qcow2.snapshot_table": ("Snapshot",),
 }
 _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in names}
 _CACHE_BYTES: Final = 32 << 20
@@ -132,6 +140,7 @@ def open(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk: ...
 
 
@@ -152,6 +161,7 @@ def open(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -171,6 +181,7 @@ def open(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open an image and its backing files as one disk; a context manager. Read-only unless ``writable``.
 
@@ -181,7 +192,8 @@ def open(
     the host what the guest discards. ``lock``, ``force_share``: image locks as QEMU takes them; forced sharing reads beside a
     writer. ``direct``: around the page cache. ``cache_bytes``: of tables in memory. ``backing``, ``assume_backing_format``: see
     ``open_chain``. ``keeper``: a small process beside this one completes what is not committed if this one is killed, so that
-    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. Those about caching and commits
+    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. ``snapshot``: the disk as
+    it was when an internal snapshot (by id, or else by name) was taken; for reading. Those about caching and commits
     (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is raised where they are given.
 
     Raises NotThisFormat, Unsupported, Corrupt, Refused, Locked, ReadOnly, Invalid, StorageFailed.
@@ -211,6 +223,7 @@ def open(
         backing=backing,
         assume_backing_format=assume_backing_format,
         keeper=keeper,
+        snapshot=snapshot,
     )
 
 

@@ -52,6 +52,7 @@ def open_chain(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk: ...
 
 
@@ -70,6 +71,7 @@ def open_chain(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -87,6 +89,7 @@ def open_chain(
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
+    snapshot: str | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open the image at ``path``, of the given format, and the backing files that it names.
 
@@ -96,7 +99,8 @@ def open_chain(
     files, which others may share, go through it. ``backing=False`` opens no backing file: what the image does not hold then
     reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
     record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
-    (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode.
+    (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode. ``snapshot``: the disk
+    as it was when this internal snapshot (by id, or else by name) was taken; for reading.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -108,6 +112,8 @@ def open_chain(
     options = options or Options()
     if keeper and (format != "qcow2" or not writable or not lock or options.mode is CacheMode.UNSAFE):
         raise Invalid(f"{name}: a keeper is for a locked qcow2 image that is open for writing and not in unsafe mode")
+    if snapshot is not None and (format != "qcow2" or writable):
+        raise Invalid(f"{name}: an internal snapshot is read from a qcow2 image, and never written")
     journal: Journal | None = None
     storage = FileStorage.open(
         path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
@@ -127,7 +133,7 @@ def open_chain(
             from cowfence.keeper.start import start_keeper  # Starting processes is a heavy module, and seldom asked for.
 
             journal = start_keeper(storage)
-        return _open_qcow2(storage, place, way, writable=writable, journal=journal)
+        return _open_qcow2(storage, place, way, writable=writable, journal=journal, snapshot=snapshot)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -170,7 +176,13 @@ class _Way:
 
 
 def _open_qcow2(
-    storage: Storage, place: Place | None, way: _Way, *, writable: bool, journal: Journal | None = None
+    storage: Storage,
+    place: Place | None,
+    way: _Way,
+    *,
+    writable: bool,
+    journal: Journal | None = None,
+    snapshot: str | None = None,
 ) -> Qcow2Disk:
     """The image in ``storage``, which stays the caller's if this fails. ``place``: None opens no backing file."""
     below: Disk | None = None
@@ -181,7 +193,7 @@ def _open_qcow2(
         if header.backing_file is not None:
             below = _open_backing(header.backing_file, backing_format_of(header, place.name, way.assume_format), place, way)
     try:
-        return open_image(storage, backing=below, writable=writable, options=way.options, journal=journal)
+        return open_image(storage, backing=below, writable=writable, options=way.options, journal=journal, snapshot=snapshot)
     except BaseException:
         if below is not None:
             below.close()

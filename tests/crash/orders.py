@@ -236,7 +236,7 @@ def _punched_at_once() -> Iterator[None]:
         yield
 
 
-def _counted_down_at_once(tables: bool) -> Patch:
+def counted_down_at_once(tables: bool) -> Patch:
     """The count goes down with PREPARE, before the entry changes."""
 
     def down(state: State, cluster: int, table: bool) -> bool:
@@ -407,8 +407,8 @@ MUTANTS = [
     Mutant("M9 reused at once, discard", "discard-then-write", _reused_at_once, clauses=("C3",)),
     Mutant("M9 reused at once, zero with unmap", "zero-then-write", _reused_at_once, clauses=("C3",)),
     Mutant("M10 host discard before the unlink is durable", "compressed-alone", _punched_at_once, clauses=("C1", "C3")),
-    Mutant("M11 old L2 table freed before the L1 entry changes", "shared", _counted_down_at_once(True), clauses=("C5", "C6")),
-    Mutant("M25 freed before its entry is replaced, one-table cache", "one-table", _counted_down_at_once(False)),
+    Mutant("M11 old L2 table freed before the L1 entry changes", "shared", counted_down_at_once(True), clauses=("C5", "C6")),
+    Mutant("M25 freed before its entry is replaced, one-table cache", "one-table", counted_down_at_once(False)),
     Mutant("M27 copied tail left out", "part", _no_tail, clauses=("C3",)),
     Mutant("M36 available before retired", "kept-shared", _available_before_retired, clauses=("C4", "C5", "C6")),
     Mutant("M36 published before the data", "kept", _published_before_data, clauses=("C3", "C4", "C1")),
@@ -479,10 +479,6 @@ MUTANTS = [
 ]
 
 WAITING = {
-    "M16": "snapshot create",
-    "M17": "snapshot apply",
-    "M18": "snapshot apply",
-    "M19": "snapshot create",
     "M21": "header rewrite",
     "M22": "shrink",
     "M24": "data file",

@@ -26,7 +26,13 @@ from cowfence.qcow2.transaction import Pending
 from cowfence.storage.base import Storage
 from cowfence.storage.oplog import Fence, Note, OpLog, Write
 from cowfence.storage.record import RecordingStorage
-from crash.orders import CASES, MUTANTS, WAITING, Mutant
+from crash.orders import CASES as OTHER_CASES
+from crash.orders import MUTANTS as OTHER_MUTANTS
+from crash.orders import WAITING, Mutant
+from crash.snapshot_orders import SNAPSHOT_CASES, SNAPSHOT_MUTANTS
+
+CASES = OTHER_CASES | SNAPSHOT_CASES
+MUTANTS = [*OTHER_MUTANTS, *SNAPSHOT_MUTANTS]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -46,6 +46,8 @@ KINDS_BY_MARK = {
     "refcount.increment": {"refcount block"},
     "refcount.decrement": {"refcount block"},
     "header.link": {"header"},
+    "copied_off.link": {"L1 table", "L2 table"},
+    "copied_on.link": {"L1 table", "L2 table"},
 }
 """On which kinds of tables a write may land; all other marks on none that is in use before and after."""
 

@@ -7,15 +7,12 @@ qcow2 image is "unknown": only the user can know that a file is raw.
 from __future__ import annotations
 
 import argparse
-import time
 
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.snapshot_list import snapshot_lines
 from cowfence.ops.info import ImageInfo, info, info_chain
 from cowfence.qcow2.describe import JsonValue
-from cowfence.qcow2.snapshot_table import Snapshot
 from cowfence.units import format_size
-
-_NANO = 10**9
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,25 +71,11 @@ def _human(image: ImageInfo) -> list[str]:
         if image.backing_format is not None:
             lines.append(f"backing file format: {_shown(image.backing_format)}")
     if image.snapshots:
-        lines.append("Snapshot list:")
-        lines.append(_columns("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"))
-        lines.extend(map(_snapshot, image.snapshots))
+        lines.extend(snapshot_lines(image.snapshots))
     if image.specific is not None:
         lines.append("Format specific information:")
         lines.extend(_tree(image.specific.to_dict()["data"], 1))
     return lines
-
-
-def _columns(ident: str, tag: str, vm_size: str, date: str, vm_clock: str, icount: str) -> str:
-    return f"{ident:<9} {tag:<16} {vm_size:>8}{date:>20}{vm_clock:>13}{icount:>11}"
-
-
-def _snapshot(snapshot: Snapshot) -> str:
-    seconds, rest = divmod(snapshot.vm_clock_nanoseconds, _NANO)
-    clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1000000:03}"
-    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_seconds))
-    icount = "" if snapshot.icount is None else str(snapshot.icount)
-    return _columns(_shown(snapshot.id), _shown(snapshot.name), format_size(snapshot.vm_state_bytes), date, clock, icount)
 
 
 def _tree(value: JsonValue, level: int) -> list[str]:

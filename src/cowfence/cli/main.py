@@ -33,6 +33,7 @@ COMMANDS: Final[dict[str, str]] = {
     "info": "describe an image",
     "map": "show where the bytes of a disk stand",
     "serve": "serve a disk over NBD",
+    "snapshot": "list, create, apply or delete internal snapshots",
 }
 """Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -117,6 +117,8 @@ class Walk:
         )
         self._judge = Judge(subject, recording.guest, unit_bytes=self._device.unit_bytes, live=live)
         self._tokens: dict[int, int] = {}
+        self._alterations: dict[int, tuple[int, Mapping[str, object]]] = {}
+        """Those under way: the model's token, and the facts that each will change."""
         self._known: set[tuple[object, int]] = set()
         self._distinct: set[object] = set()
         self._reads: dict[int, dict[int, set[bytes]]] = {}
@@ -205,7 +207,15 @@ class Walk:
         if isinstance(of, int):
             token = tokens.get(of) if note.event == "end" else tokens.pop(of, None)
         event = note.event
-        if event == "write.begin":
+        if event == "alter.begin":
+            facts, content = fields["facts"], fields["content"]
+            assert isinstance(facts, dict)
+            assert content is None or isinstance(content, bytes)
+            self._alterations[position] = guest.begin_alteration(facts, content), facts
+        elif event in ("end", "refused") and of in self._alterations:
+            guest.end_alteration(*self._alterations.pop(_number(of)), done=event == "end")
+            return self._device.settle()
+        elif event == "write.begin":
             data = fields["data"]
             assert isinstance(data, bytes)
             tokens[position] = guest.begin_write(_number(fields["offset"]), data)

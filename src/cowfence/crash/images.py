@@ -46,6 +46,12 @@ class ImageSpec(NamedTuple):
     """All clusters that the one refcount block covers are nearly used up."""
     cold: bool = False
     """Nothing is in the page cache: every read has to wait."""
+    smaller: bool = False
+    """The snapshots are of a disk of half the size; what they hold behind it is a machine's saved state."""
+    diverged: bool = False
+    """The disk went its own way since the snapshots were taken, and flags are set where only these lead (as QEMU does it)."""
+    wide: bool = False
+    """The L1 table takes two sectors."""
     keeper: bool = False
     """A keeper watches the writer: after a kill the state is judged when it has done its work (C4)."""
     bitmap: bool = False
@@ -62,7 +68,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "keeper", "bitmap", "dirty")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "diverged", "wide", "keeper", "bitmap", "dirty")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -108,6 +114,8 @@ def disk_bytes(spec: ImageSpec) -> int:
     """The guest's disk: two L2 tables where clusters are small, a dozen clusters where they are not."""
     if spec.full:
         return 256 * spec.cluster_bytes
+    if spec.wide:
+        return 66 * (spec.cluster_bytes // 8) * spec.cluster_bytes
     return 128 * spec.cluster_bytes if spec.cluster_bytes == SECTOR_BYTES else 12 * spec.cluster_bytes
 
 
@@ -122,6 +130,8 @@ def build(spec: ImageSpec) -> Built:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
         raise Invalid("these small images have room for two snapshots")
+    if spec.diverged and not spec.snapshots:
+        raise Invalid("a disk diverges from its snapshots")
     if spec.snapshots and spec.refcount_bits == 1:
         raise Invalid("a snapshot needs refcounts of two bits or more")
     size = disk_bytes(spec)
@@ -139,7 +149,9 @@ def build(spec: ImageSpec) -> Built:
     elif spec.short_l1 or spec.snapshots:
         content = _worked_on(content, [("write", 0, 4 * cluster)])
     for number in range(spec.snapshots):
-        content = snapshotted(content, number)
+        content = snapshotted(content, number, size // 2 if spec.smaller else size)
+    if spec.diverged:
+        content = _flagged(_worked_on(content, [("write", 0, 2 * cluster), ("write", 6 * cluster, cluster)], serial=91))
     if spec.short_l1:
         content = content[:36] + struct.pack(">I", 1) + content[40:]
     if spec.bitmap:
@@ -205,22 +217,29 @@ class Patch:
     def put(self, at: int, value: int) -> None:
         struct.pack_into(">Q", self.data, at, value)
 
+    def counted(self, cluster: int) -> int:
+        """One refcount."""
+        at, shift = self._count_at(cluster)
+        if self.width >= 8:
+            return int.from_bytes(self.data[at : at + self.width // 8], "big")
+        return self.data[at] >> shift & (1 << self.width) - 1
+
     def count(self, cluster: int, change: int) -> None:
         """Change one refcount."""
-        table = self.word(48)
-        per_block = (8 << self.bits) // self.width
-        block = self.word(table + cluster // per_block * 8)
-        index = cluster % per_block
+        at, shift = self._count_at(cluster)
+        value = self.counted(cluster) + change
         if self.width >= 8:
-            size = self.width // 8
-            at = block + index * size
-            value = int.from_bytes(self.data[at : at + size], "big") + change
-            self.data[at : at + size] = value.to_bytes(size, "big")
-            return
-        at, shift = block + index * self.width // 8, index * self.width % 8
-        mask = (1 << self.width) - 1
-        value = (self.data[at] >> shift & mask) + change
-        self.data[at] = self.data[at] & ~(mask << shift) | value << shift
+            self.data[at : at + self.width // 8] = value.to_bytes(self.width // 8, "big")
+        else:
+            mask = (1 << self.width) - 1
+            self.data[at] = self.data[at] & ~(mask << shift) | value << shift
+
+    def _count_at(self, cluster: int) -> tuple[int, int]:
+        """Where it stands: the byte, and the bit in it."""
+        per_block = (8 << self.bits) // self.width
+        block = self.word(self.word(48) + cluster // per_block * 8)
+        index = cluster % per_block
+        return block + index * self.width // 8, index * self.width % 8
 
     def l2_at(self, guest: int) -> int:
         """Where the L2 entry of a guest offset stands."""
@@ -264,8 +283,9 @@ def compressed(content: bytes, guests: list[int], *, share: bool = True) -> byte
     return bytes(patch.data)
 
 
-def snapshotted(content: bytes, number: int = 0) -> bytes:
-    """``content`` with one more internal snapshot of all of it: counts up, COPIED off, the L1 table copied."""
+def snapshotted(content: bytes, number: int = 0, size_bytes: int | None = None) -> bytes:
+    """``content`` with one more internal snapshot of all of it: counts up, COPIED off, the L1 table copied. ``size_bytes``: of
+    its disk (default: that of the image)."""
     patch = Patch(content)
     cluster = 1 << patch.bits
     l1, entries = patch.word(40), struct.unpack_from(">I", patch.data, 36)[0]
@@ -277,11 +297,12 @@ def snapshotted(content: bytes, number: int = 0) -> bytes:
             for at in range(l1_entry, l1_entry + cluster, 8):
                 _count_entry(patch, at)
     copy = patch.append(bytes(patch.data[l1 : l1 + entries * 8]))
-    patch.count(copy // cluster, 1)
+    for shared in range(copy // cluster, -(-(copy + entries * 8) // cluster)):
+        patch.count(shared, 1)
     count, old = struct.unpack_from(">IQ", patch.data, 60)
     ident, name = b"%d" % (number + 1), b"snap%d" % number
     record = struct.pack(">QIHHIIQII", copy, entries, len(ident), len(name), 0, 0, 0, 0, 16)
-    record += struct.pack(">QQ", 0, patch.word(24)) + ident + name
+    record += struct.pack(">QQ", 0, patch.word(24) if size_bytes is None else size_bytes) + ident + name
     record = record.ljust(-(-len(record) // 8) * 8, b"\0")
     before = bytes(patch.data[old : old + _snapshot_table_bytes(patch.data, old, count)]) if count else b""
     table = patch.append(before + record)
@@ -313,6 +334,21 @@ def _dirty(content: bytes) -> bytes:
     patch.count(patch.append(bytes(cluster)) // cluster, 1)
     for at, bit in ((72, 1), (80, 1)):
         patch.put(at, patch.word(at) | bit)
+    return bytes(patch.data)
+
+
+def _flagged(content: bytes) -> bytes:
+    """``content`` with COPIED set in the L2 tables of its snapshots, where they alone lead to a cluster."""
+    patch = Patch(content)
+    at = patch.word(64)
+    for _ in range(struct.unpack_from(">I", patch.data, 60)[0]):
+        l1, entries = struct.unpack_from(">QI", patch.data, at)
+        for l1_entry in struct.unpack_from(f">{entries}Q", patch.data, l1):
+            for entry_at in range(l1_entry, l1_entry + (1 << patch.bits) if l1_entry else 0, 8):
+                entry = patch.word(entry_at)
+                if entry & _OFFSET and not entry >> 62 and patch.counted((entry & _OFFSET) >> patch.bits) == 1:
+                    patch.put(entry_at, entry | _COPIED)
+        at += _snapshot_table_bytes(patch.data, at, 1)
     return bytes(patch.data)
 
 

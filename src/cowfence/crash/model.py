@@ -4,6 +4,9 @@ A sector is its value at the last returned flush, or a value written to that ver
 model follows the notes of the log: a write makes its values possible when it begins; a flush that returns makes what was
 acknowledged before it the only past that is left. A *fact* (size, snapshots, backing file, features) is old or new while an
 operation changes it, and new from the moment that the operation returns (C6 to C9).
+
+An *alteration* changes the image as a whole, and facts with it. It may put another disk in the place of the guest's: until it
+returns a state shows the one or the other, never a mix (C7).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from cowfence.units import SECTOR_BYTES
 _ZERO: Final = bytes(SECTOR_BYTES)
 _BITMAP_CLUSTERS: Final = 6
 """What storing a bitmap may leave over: table and bits, old and new, and the directory's share."""
+_ANY_NUMBER: Final = 1 << 62
 
 
 @dataclass(slots=True)
@@ -49,6 +53,11 @@ class GuestModel:
     _touched: list[tuple[int, int]] = field(default_factory=list)
     """(serial, clusters that an operation may have left over), since the flush before the last."""
     _last_flush: int = 0
+    _altering: bool = False
+    """An alteration goes on, or failed: all that it counts may be left over."""
+    _other: bytes | None = None
+    """The disk that it may put in the place of this one."""
+    _other_changed: dict[int, bytes] = field(default_factory=dict)
     _allowed: dict[int, set[bytes]] = field(default_factory=dict)
     _acknowledged: dict[int, set[bytes]] = field(default_factory=dict)
     _allowed_at: int = -1
@@ -98,6 +107,40 @@ class GuestModel:
             value = changed.get(sector, self._initial(sector))
             if all(value != content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] for content in clean):
                 yield sector, value
+
+    def begin_alteration(self, facts: Mapping[str, object], content: bytes | None) -> int:
+        """An alteration begins that will make facts these, and, unless ``content`` is None, the disk that. Returns the token
+        for ``end_alteration``."""
+        self.changes += 1
+        for name, value in facts.items():
+            self.begin_fact(name, value)
+        self._altering, self._other = True, content
+        self._other_changed = {} if content is None else self.changed_sectors(content)
+        return self.begin_flush()
+
+    def end_alteration(self, token: int, facts: Mapping[str, object], *, done: bool) -> None:
+        """It has returned, or been refused: it is durable, and so is all that was acknowledged before it."""
+        for name in facts:
+            self.end_fact(name)
+        self.end_flush(token)
+        if self._other is not None and done:
+            sectors = -(-max(len(self._other), len(self.content), self.size) // SECTOR_BYTES)
+            for sector in range(sectors):
+                self._past.setdefault(sector, set()).update(self.allowed(sector))
+                value = self._other[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
+                self._history[sector] = [_Values(0, (value,), acknowledged=True)]
+                self._past[sector].discard(value)
+            self.content = bytearray(self._other)
+        self._altering, self._other = False, None
+
+    def is_other_disk(self, changed: Mapping[int, bytes]) -> bool:
+        """True if an alteration goes on and the disk is, to the last sector, what it will be."""
+        return self._other is not None and changed == self._other_changed
+
+    @property
+    def switching(self) -> bool:
+        """True while the whole disk may become another one."""
+        return self._other is not None
 
     def _enter(self, offset: int, length_bytes: int, *, discard: bool) -> int:
         self._serial += 1
@@ -165,7 +208,11 @@ class GuestModel:
                 entry.acknowledged = False
         self.leaks_before += sum(clusters for _, clusters in self._touched)
         self._touched.clear()
-        self.end(self.begin_write(0, content))
+        # Its size may have changed: what is behind its end reads as nothing.
+        length_bytes = max(len(content), len(self.content))
+        self.content = bytearray(content)
+        self._other = None
+        self.end(self._enter(0, length_bytes, discard=False))
 
     def begin_flush(self) -> int:
         if self.bitmaps:
@@ -202,6 +249,8 @@ class GuestModel:
     @property
     def leaks_allowed(self) -> int:
         """The most clusters that may be counted too high (C13)."""
+        if self._altering:
+            return _ANY_NUMBER
         return self.leaks_before + 4 + sum(clusters for _, clusters in self._touched)
 
     @property

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cowfence.crash.structure import active_digest
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import Invalid
+from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 
 if TYPE_CHECKING:
-    from cowfence.crash.runner import Run
+    from cowfence.crash.runner import Facts, Run
+
+
+_MOST_SNAPSHOTS: Final = 3
 
 
 class Step(NamedTuple):
@@ -176,3 +181,46 @@ def _kill(run: Run, step: Step) -> None:  # noqa: ARG001
 def _repair(run: Run, step: Step) -> None:  # noqa: ARG001
     """The process is killed, leaks are repaired, and the image opened again."""
     run.kill(repair_leaks=True)
+
+
+@operation("snapshot_create")
+def _snapshot_create(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Of small disks three snapshots are enough."""
+    if len(run.disk.snapshots()) < _MOST_SNAPSHOTS:
+        with run.altering() as facts:
+            create_snapshot(run.disk, "new", date_nanoseconds=0)
+        before, after = _lists(facts)
+        if after != before:
+            held = active_digest(run.memory.snapshot())
+            assert after[:-1] == before, "a new snapshot stands behind the others, which stay as they are"
+            assert after[-1][2:] == (run.disk.size, held), "a new snapshot is what the disk is"
+
+
+@operation("snapshot_apply")
+def _snapshot_apply(run: Run, step: Step) -> None:  # noqa: ARG001
+    """The oldest."""
+    snapshots = run.disk.snapshots()
+    if snapshots:
+        content = run.snapshot_content(snapshots[0].id)
+        with run.altering(content) as facts:
+            apply_snapshot(run.disk, snapshots[0].id)
+        before, after = _lists(facts)
+        assert after == before, "applying a snapshot changes none"
+
+
+@operation("snapshot_delete")
+def _snapshot_delete(run: Run, step: Step) -> None:  # noqa: ARG001
+    """One in the middle, where there are three."""
+    snapshots = run.disk.snapshots()
+    if snapshots:
+        at = len(snapshots) // 2
+        with run.altering() as facts:
+            delete_snapshot(run.disk, snapshots[at].id)
+        before, after = _lists(facts)
+        assert len(after) == len(before) - 1, "one is gone"
+        assert set(after) < set(before), "the others stay as they are"
+
+
+def _lists(facts: Facts) -> tuple[tuple[tuple[object, ...], ...], ...]:
+    """The list of the snapshots, before and after."""
+    return facts.before["snapshots"], facts.after["snapshots"]  # type: ignore[return-value]

@@ -37,12 +37,15 @@ class Opens:
 
 
 class Contents:
-    """C2, C3 and C17: each guest sector is its flushed value, or one written to that very sector since."""
+    """C2, C3 and C17: each guest sector is its flushed value, or one written to that very sector since. C7: or the whole disk
+    is the one that takes its place."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
-        if seen.error is not None:
+        if seen.error is not None or guest.is_other_disk(seen.changed):
             return None
         for sector, value in guest.wrong_sectors(seen.changed):
+            if guest.switching:
+                return Verdict("C7", f"guest sector {sector} holds {describe(value, sector)}: a mix of two disks", sector)
             if guest.is_past(sector, value):
                 return Verdict("C2", f"guest sector {sector} was flushed and holds what it held before", sector)
             return Verdict("C3", f"guest sector {sector} holds {describe(value, sector)}", sector)
@@ -53,7 +56,7 @@ class Acknowledged:
     """C4: with a keeper after a kill, or in write-through mode, every acknowledged write is there."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
-        if seen.error is None:
+        if seen.error is None and not guest.is_other_disk(seen.changed):
             for sector, value in guest.wrong_sectors(seen.changed, acknowledged=True):
                 return Verdict("C4", f"guest sector {sector} was acknowledged and holds {describe(value, sector)}", sector)
         return None
@@ -69,15 +72,18 @@ class Sound:
 
 
 class Facts:
-    """C6 to C9: snapshots, size, backing file and features are old or new."""
+    """C6 to C9: snapshots, size, backing file and features are old or new. Where the list of the snapshots is one of them and
+    only what they hold is not, it is C6."""
 
-    _CLAUSES = (("snapshots", "C6"), ("size", "C8"), ("backing", "C9"), ("features", "C9"))
+    _CLAUSES = (("snapshots", "C7"), ("size", "C8"), ("backing", "C9"), ("features", "C9"))
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
         facts = seen.structure.facts
         for name, clause in self._CLAUSES:
             allowed = guest.facts.get(name)
             if allowed is not None and name in facts and facts[name] not in allowed:
+                if name == "snapshots" and _listed(facts[name]) in map(_listed, allowed):
+                    clause = "C6"
                 return Verdict(clause, f"{name} is {facts[name]!r}, neither old nor new")
         return None
 
@@ -86,17 +92,25 @@ class Bitmaps:
     """C14: a bitmap that calls itself true has every sector that differs from what it was when the bitmap was last clean."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        size = seen.structure.facts.get("size", 0)
+        assert isinstance(size, int)
         for bitmap in seen.structure.bitmaps:
             clean = guest.bitmaps.get(bitmap.name)
             if bitmap.true and clean is not None:
                 for sector, value in guest.differing(seen.changed, clean):
-                    if not bitmap.covers(sector):
+                    if sector * SECTOR_BYTES < size and not bitmap.covers(sector):
                         text = bitmap.name.decode("utf-8", "replace")
                         what = (
                             f"bitmap {text!a} is valid and does not have guest sector {sector}, now {describe(value, sector)}"
                         )
                         return Verdict("C14", what, sector)
         return None
+
+
+def _listed(snapshots: object) -> list[object]:
+    """Snapshots without what they hold."""
+    assert isinstance(snapshots, tuple)
+    return [snapshot[:-1] for snapshot in snapshots]
 
 
 class Leaks:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cowfence.crash.images import BACKING, IMAGE, Built, ImageSpec, build, options, tagged
 from cowfence.crash.operations import OPERATIONS, Step
+from cowfence.crash.structure import inspect
 from cowfence.disk.base import BLOCKED, Disk
 from cowfence.disk.raw import RawDisk
-from cowfence.errors import CowfenceError, WouldBlock
+from cowfence.errors import CowfenceError, Invalid, WouldBlock
 from cowfence.qcow2.image import Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.repair import Mode, repair
@@ -48,12 +50,21 @@ class EngineSubject:
     spec: ImageSpec
     image: str = IMAGE
 
-    def open(self, files: Mapping[str, Storage], *, writable: bool, journal: Journal | None = None) -> Qcow2Disk:
+    def open(
+        self, files: Mapping[str, Storage], *, writable: bool, journal: Journal | None = None, snapshot: str | None = None
+    ) -> Qcow2Disk:
         backing: Disk | None = None
         if BACKING in files:
             plain = RawDisk if self.spec.backing == "raw" else _open_backing
             backing = plain(files[BACKING])
-        return open_image(files[IMAGE], backing=backing, writable=writable, options=options(self.spec), journal=journal)
+        return open_image(
+            files[IMAGE],
+            backing=backing,
+            writable=writable,
+            options=options(self.spec),
+            journal=journal,
+            snapshot=snapshot,
+        )
 
 
 def _open_backing(storage: Storage) -> Disk:
@@ -72,6 +83,13 @@ class Recording:
     journals: dict[int, bytes] = field(default_factory=dict)
     """With a keeper: by position of the log, the journal from then on."""
     errors: list[str] = field(default_factory=list)
+
+
+class Facts(NamedTuple):
+    """What an image says about itself (see ``structure``), before an alteration and after."""
+
+    before: dict[str, object]
+    after: dict[str, object]
 
 
 class _Cold(StorageWrapper):
@@ -137,11 +155,15 @@ class Run:
         watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)
         return _Cold(watched) if self.spec.cold else watched
 
-    def _read_plainly(self, content: bytes) -> bytes:
+    def snapshot_content(self, snapshot_id: str) -> bytes:
+        """What the guest's disk was when a snapshot was taken."""
+        return self._read_plainly(self.memory.snapshot(), snapshot_id)
+
+    def _read_plainly(self, content: bytes, snapshot: str | None = None) -> bytes:
         files: dict[str, Storage] = {IMAGE: MemoryStorage(content, name=IMAGE, writable=False)}
         if BACKING in self.built.files:
             files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
-        disk = self.subject.open(files, writable=False)
+        disk = self.subject.open(files, writable=False, snapshot=snapshot)
         return disk.read(0, disk.size)
 
     def open_again(self) -> None:
@@ -176,7 +198,9 @@ class Run:
     # Operations
 
     def step(self, step: Step) -> None:
-        """Carry one out. Where calls may fail, so may it."""
+        """Carry one out. Where calls may fail, so may it; past the end of a disk that has become smaller it is left out."""
+        if step.offset + step.length_bytes > self.disk.size:
+            return
         try:
             OPERATIONS[step.verb].perform(self, step)
         except CowfenceError as error:
@@ -219,6 +243,24 @@ class Run:
             yield
 
     @contextmanager
+    def altering(self, content: bytes | None = None) -> Iterator[Facts]:
+        """An alteration of the whole image; ``content``: what the disk will be. Gives what the facts of the image are before
+        and, once it is over, after. One that is refused as Invalid has changed nothing."""
+        facts: dict[str, object] = {}
+        known = Facts(inspect(self.memory.snapshot()).facts, {})
+        token = self.log.note("alter.begin", facts=facts, content=content)
+        event = "failed"
+        try:
+            yield known
+            event = "end"
+        except Invalid:
+            event = "refused"
+        finally:
+            known.after.update(inspect(self.memory.snapshot()).facts)
+            facts.update((name, value) for name, value in known.after.items() if value != known.before[name])
+            self.log.note(event, of=token)
+
+    @contextmanager
     def _noted(self, token: int) -> Iterator[None]:
         try:
             yield
@@ -249,6 +291,8 @@ class Run:
         wait for ever."""
         request_of = OPERATIONS[step.verb].request
         assert request_of is not None
+        if step.offset + step.length_bytes > self.disk.size:
+            return
         data = self.new_data(step) if step.verb == "write" else b""
         request = request_of(step, data)
         if step.verb == "discard":

@@ -90,6 +90,18 @@ def fatal_findings(content: bytes) -> list[str]:
     return [finding.text for finding in inspect(content).findings]
 
 
+def active_digest(content: bytes) -> bytes:
+    """Of what the active disk holds: that of a snapshot which was taken of it now."""
+    digest = blake2b(digest_size=16)
+    l1_size, l1_offset = struct.unpack_from(">IQ", content, 36)
+    judge = _Judge(content, _untouched)
+    judge.bits = struct.unpack_from(">I", content, 20)[0]
+    judge.version = struct.unpack_from(">I", content, 4)[0]
+    judge.end = -(-len(content) // (1 << judge.bits))
+    judge.tree(l1_offset, l1_size, "", active=False, data=digest.update)
+    return digest.digest()
+
+
 def locate(content: bytes, guest_offset: int) -> Place | None:
     """The L2 entry of a guest offset; None where the tables cannot be followed. ``host_offset`` 0: it leads nowhere."""
     try:
@@ -142,7 +154,7 @@ class _Judge:
         for index, entry in enumerate(blocks):
             if entry:
                 self._table(entry, 1, f"refcount block {index}", table + index * 8)
-        self._tree(l1_offset, l1_size, "", active=True)
+        self.tree(l1_offset, l1_size, "", active=True)
         at = snapshots_at
         found = []
         for number in range(snapshots):
@@ -158,7 +170,7 @@ class _Judge:
             held = struct.unpack_from(">Q", content, at + 48)[0] if extra >= 16 and at + 56 <= len(content) else size
             self._table(l1_at, -(-entries * 8 >> bits), f"L1 table of snapshot {number}", at)
             digest = blake2b(digest_size=16)
-            self._tree(l1_at, entries, f"snapshot {number}: ", active=False, data=digest.update)
+            self.tree(l1_at, entries, f"snapshot {number}: ", active=False, data=digest.update)
             found.append((ident, name, held, digest.digest()))
             at = strings + id_length + name_length + 7 & ~7
         if snapshots:
@@ -248,14 +260,12 @@ class _Judge:
         else:
             holders.append((what, at))
 
-    def _tree(
+    def tree(
         self, l1_offset: int, l1_size: int, prefix: str, *, active: bool, data: Callable[[bytes], None] | None = None
     ) -> None:
         cluster_bytes = 1 << self.bits
         for l1_index, l1_entry in enumerate(self._words(l1_offset, l1_size)):
             if not l1_entry:
-                if data is not None:
-                    data(b"-")
                 continue
             l2_offset = l1_entry & _OFFSET
             what, at = f"{prefix}L1[{l1_index}]", l1_offset + l1_index * 8
@@ -269,11 +279,11 @@ class _Judge:
                 if entry:
                     guest = (l1_index << self.bits - 3 | l2_index) << self.bits
                     self._entry(entry, f"{prefix}L2[{l1_index}][{l2_index}]", l2_offset + l2_index * 8, guest, active=active)
-                if data is not None:
-                    data(self._cluster(entry))
+                    if data is not None and (held := self._cluster(entry)) is not None:
+                        data(b"%d:" % guest + held)
 
-    def _cluster(self, entry: int) -> bytes:
-        """What a cluster of a snapshot reads as; unallocated ones by a sign, for the backing file stays as it is."""
+    def _cluster(self, entry: int) -> bytes | None:
+        """What a cluster of a snapshot reads as; None where it is the backing file's, which stays as it is."""
         cluster_bytes = 1 << self.bits
         if entry & _COMPRESSED:
             shift = 62 - (self.bits - 8)
@@ -287,7 +297,7 @@ class _Judge:
         if entry & 1:
             return bytes(cluster_bytes)
         if not entry & _OFFSET:
-            return b"-"
+            return None
         self.touch(entry & _OFFSET, cluster_bytes)
         return self.content[entry & _OFFSET :][:cluster_bytes].ljust(cluster_bytes, b"\0")
 

@@ -17,12 +17,15 @@ survive is one that did not happen, or did: each LINK is atomic by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cowfence.errors import CowfenceError, ReadOnly
 from cowfence.qcow2.assemble import reassemble
 from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.state import State
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.bitmaps import Bitmaps
 
 T = TypeVar("T")
 
@@ -30,9 +33,10 @@ T = TypeVar("T")
 class Alteration:
     """What the body of an alteration works with."""
 
-    def __init__(self, state: State, plans: Plans) -> None:
+    def __init__(self, state: State, plans: Plans, bitmaps: Bitmaps | None) -> None:
         self.state = state
         self._plans = plans
+        self._bitmaps = bitmaps
 
     def transaction(self, plan: Callable[[], T]) -> T:
         """Carry out ``plan`` under the lock, and commit what it entered. It may begin several times, so it changes nothing
@@ -41,13 +45,41 @@ class Alteration:
         self.state.committer.commit()
         return result
 
+    def before_other_disk(self, size_bytes: int) -> None:
+        """The disk will have another content, and this size: the bitmaps' part of it. Raises Invalid where one of them cannot
+        follow."""
+        if self._bitmaps is not None and size_bytes != self.state.size:
+            self._bitmaps.follow_size(self)
+
+    def after_other_disk(self) -> None:
+        """It has; the state has been read again."""
+        if self._bitmaps is not None:
+            self._bitmaps.resized()
+            self._bitmaps.mark(0, self.state.size)
+
     def read_again(self) -> None:
         """Between two transactions: what follows is planned from what is on disk now."""
         with self.state.lock:
             reassemble(self.state)
 
+    def forget(self) -> bool:
+        """What is still pending is forgotten: after a transaction that failed, before its PREPARE is undone; and before tables
+        are written straight, because what RECLAIM could not write would come after them. ``read_again`` before the next
+        transaction.
 
-def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[[Alteration], T]) -> T:
+        False where a LINK had begun, or a fence failed: the image is read-only, and nothing may be written any more.
+        """
+        _give_up(self.state)
+        return self.state.committer.broken is None
+
+
+def alter(
+    state: State,
+    plans: Plans,
+    check: Callable[[], None],
+    body: Callable[[Alteration], T],
+    bitmaps: Bitmaps | None = None,
+) -> T:
     """Close the gate, carry out ``body``, read the state again, open the gate.
 
     ``check``: called under the lock once the image is quiet; raises where it must not be written. Raises what ``body`` and the
@@ -62,7 +94,7 @@ def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[
             check()
             notes, state.pending.notes = state.pending.notes, None
         try:
-            result = body(Alteration(state, plans))
+            result = body(Alteration(state, plans, bitmaps))
             if state.committer.unfenced_reclaim:
                 state.committer.fence("reclaim.fence")
         except BaseException:
@@ -80,6 +112,8 @@ def alter(state: State, plans: Plans, check: Callable[[], None], body: Callable[
 
 def _give_up(state: State) -> None:
     with state.lock:
+        # A guest's flush may be about to carry out what failed: it is over, or has not begun, when this goes on.
+        state.committer.wait_until_idle()
         if state.pending.drop() and state.committer.broken is None:
             state.committer.broken = ReadOnly(
                 f"{state.storage.name}: altering the image failed half-way; it is read-only until it is opened again"
@@ -87,12 +121,11 @@ def _give_up(state: State) -> None:
 
 
 def _read_again(state: State) -> None:
-    if state.committer.broken is not None:
-        return
+    """Also where nothing may be written any more: what was linked is what readers must follow, for the old may be gone."""
     try:
         reassemble(state)
     except CowfenceError as failure:
-        state.committer.broken = ReadOnly(
+        state.committer.broken = state.committer.broken or ReadOnly(
             f"{state.storage.name}: it cannot be read any more ({failure}); it is read-only until it is opened again"
         )
         raise

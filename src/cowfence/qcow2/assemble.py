@@ -5,7 +5,6 @@ What an image is made of is decided here and nowhere else; ``image`` is the face
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 from enum import Enum
@@ -157,7 +156,7 @@ def claim_all(state: State) -> None:
                 claim(l2_offset, 1, Kind.L2)
     if header.snapshot_count:
         snapshots = read_snapshots(state.storage, header)
-        length_bytes = sum(40 + len(s.extra) + len(os.fsencode(s.id)) + len(os.fsencode(s.name)) + 7 & ~7 for s in snapshots)
+        length_bytes = sum(len(snapshot.stored) + 7 & ~7 for snapshot in snapshots)
         claim(header.snapshots_offset, geometry.clusters_for(length_bytes), Kind.SNAPSHOT_TABLE)
         for snapshot in snapshots:
             if snapshot.l1_entries:

@@ -128,7 +128,7 @@ class ImageInfo:
         if self.backing_format is not None:
             found["backing-filename-format"] = self.backing_format
         if self.snapshots:
-            found["snapshots"] = [_snapshot_dict(snapshot) for snapshot in self.snapshots]
+            found["snapshots"] = [snapshot_dict(snapshot) for snapshot in self.snapshots]
         found["virtual-size"] = self.virtual_bytes
         found["filename"] = self.filename
         if self.cluster_bytes is not None:
@@ -148,7 +148,8 @@ class ImageInfo:
         return found
 
 
-def _snapshot_dict(snapshot: Snapshot) -> dict[str, JsonValue]:
+def snapshot_dict(snapshot: Snapshot) -> dict[str, JsonValue]:
+    """As ``qemu-img info --output=json`` names and orders it."""
     found: dict[str, JsonValue] = {} if snapshot.icount is None else {"icount": snapshot.icount}
     return found | {
         "vm-clock-nsec": snapshot.vm_clock_nanoseconds % _NANO,

@@ -482,6 +482,11 @@ def l1_patch(l1_offset: HostOffset, l1_entries: int) -> tuple[int, bytes]:
     return _L1_AT, struct.pack(">IQ", l1_entries, l1_offset)
 
 
+def disk_patch(header: Header, size_bytes: int, l1_offset: HostOffset, l1_entries: int) -> tuple[int, bytes]:
+    """Offset and bytes of the write that switches to another disk: its size and its L1 table at once (bytes 24 to 47)."""
+    return _SIZE_AT, struct.pack(">QIIQ", size_bytes, header.crypt_method, l1_entries, l1_offset)
+
+
 def refcount_table_patch(offset: HostOffset, clusters: int) -> tuple[int, bytes]:
     """Offset and bytes of the write that switches to another refcount table (bytes 48 to 59)."""
     return _REFCOUNT_TABLE_AT, struct.pack(">QI", offset, clusters)

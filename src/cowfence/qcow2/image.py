@@ -40,6 +40,7 @@ from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
+from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots, snapshot_view
 from cowfence.qcow2.status import extents
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
@@ -59,17 +60,21 @@ def open_image(
     writable: bool,
     options: Options | None = None,
     journal: Journal | None = None,
+    snapshot: str | None = None,
 ) -> Qcow2Disk:
     """Open the image in ``storage``; the disk owns it from then on, and ``backing`` and ``journal`` too.
 
     ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). ``journal``: where a keeper
-    finds what is pending. Raises NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
+    finds what is pending. ``snapshot``: the disk as it was then, by id or name; not ``writable``. Raises Invalid (no such
+    snapshot), NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
     errors; then all three stay with the caller.
     """
     if writable:
         storage.fence("open.fence")
     header = read_header(storage)
     check_supported(header, storage.name)
+    if snapshot is not None:
+        header = snapshot_view(storage, header, snapshot)
     check_bounds(header, storage.size(), storage.name)
     if writable:
         if header.incompatible & Incompatible.CORRUPT:
@@ -168,6 +173,11 @@ class Qcow2Disk:
         """The image, described (see ``qcow2.describe``): as its file is now, without what is pending."""
         self._check()
         return describe(self._state.storage)
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots, in the order of their table. Raises Corrupt."""
+        self._check()
+        return read_snapshots(self._state.storage, self._state.header)
 
     def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
         """The disk as a buffered binary file (``disk.fileview``). Closing it flushes the disk and leaves it open."""
@@ -503,7 +513,7 @@ class Qcow2Disk:
         self._check_writable()
         self._settle()
         try:
-            return alter(self._state, self._plans, self._check_writable, body)
+            return alter(self._state, self._plans, self._check_writable, body, self._bitmaps)
         finally:
             with self._lock:
                 if self._unready is None:

@@ -198,6 +198,8 @@ class RefcountBlock:
         import numpy as np
 
         counts = counts_view(self._counts, self.bits)
+        if counts.all():
+            return []
         zero = np.empty(len(counts) + 2, dtype=np.int8)
         zero[0] = zero[-1] = 0
         zero[1:-1] = counts == 0

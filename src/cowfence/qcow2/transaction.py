@@ -32,7 +32,7 @@ from cowfence.errors import CowfenceError, ReadOnly
 from cowfence.qcow2.journal import COPY, FREED, FRESH, PLACE_BITS, Journal, header_notes
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.tables import KIND_NUMBERS, AnyTable, Kind
-from cowfence.storage.base import Storage
+from cowfence.storage.base import Buffer, Storage
 from cowfence.units import SECTOR_BYTES
 
 
@@ -48,7 +48,7 @@ class Change(NamedTuple):
     stage: Stage
     file: int
     offset: int
-    data: bytes
+    data: Buffer
     mark: str
     kind: Kind
 
@@ -328,6 +328,11 @@ class Committer:
             with self._lock:
                 self._running = False
                 self._turn.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Under the lock: until no commit is under way."""
+        while self._running:
+            self._turn.wait()
 
     def busy(self) -> bool:
         """True if ``commit`` would write, fence or wait. A hint: it may be outdated when it returns."""

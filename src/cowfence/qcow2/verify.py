@@ -266,9 +266,7 @@ class _Surveyor:
             self._claim(header.snapshots_offset, 1, place)
             self._unreadable(Finding(Problem.SNAPSHOT_TABLE, Grade.FATAL, place, detail=str(corrupt)))
             return
-        length_bytes = sum(
-            align_up(40 + len(s.extra) + len((s.id + s.name).encode("utf-8", "surrogateescape")), 8) for s in self.snapshots
-        )
+        length_bytes = sum(align_up(len(snapshot.stored), 8) for snapshot in self.snapshots)
         self._claim(header.snapshots_offset, length_bytes, place)
         if self.has_data_file:
             detail = f"{len(self.snapshots)} snapshots in an image with an external data file"

@@ -57,7 +57,9 @@ class L2Judge:
         self.tables = tables
         self.allocated = self.fragmented = self.compressed = 0
         self.ramps = 0
-        """Tables that were one ramp each, so that none of them refers to a cluster twice."""
+        """References to tables that were one ramp each, so that none of them refers to a cluster twice."""
+        self.ramp_starts: Words = np.zeros(len(tables.clusters), np.uint64)
+        """The first entry of each table that was a ramp, which says it all; 0 of any other."""
         self._file = file
         self._l1_names = l1_names
         self._has_data_file = has_data_file
@@ -75,7 +77,7 @@ class L2Judge:
         self._scratch_raw = bytearray()
         if len(tables.clusters):
             self._raw = bytearray(min(self._tables_per_piece, len(tables.clusters)) << census.bits)
-            if self._single and self._all_active and not geometry.extended_l2 and not has_data_file:
+            if not geometry.extended_l2 and not has_data_file:
                 self._ramp = np.arange(geometry.l2_entries, dtype=np.uint64) << np.uint64(census.bits)
                 self._scratch_raw = bytearray(len(self._raw))
         self._buffer = np.frombuffer(self._raw, np.uint8)
@@ -174,16 +176,23 @@ class L2Judge:
             cluster = (entry & OFFSET_MASK) >> bits
             if entry & ~plain or not cluster or cluster + per > census.clusters:
                 return False
-        references, stored, one = census.references, census.stored, self._one
-        for table, entry in enumerate(firsts, first):
+        references, stored = census.references, census.stored
+        leads = self.tables.references[first:stop]
+        active: list[int] = self.tables.active[first:stop].tolist()
+        for table, entry, times, is_active in zip(
+            range(first, stop), firsts, leads.astype(references.dtype), active, strict=True
+        ):
             cluster = (entry & OFFSET_MASK) >> bits
-            references[cluster : cluster + per] += one
-            single = stored[cluster : cluster + per] == 1
-            if not (single.all() if entry & COPIED else not single.any()):
-                self._suspects.append((table, table + 1))
-        census.counted += rows.size
-        self.allocated += rows.size
-        self.ramps += len(firsts)
+            references[cluster : cluster + per] += times
+            if is_active:
+                single = stored[cluster : cluster + per] == 1
+                if not (single.all() if entry & COPIED else not single.any()):
+                    self._suspects.append((table, table + 1))
+        self.ramp_starts[first:stop] = starts
+        total = int(leads.sum())
+        census.counted += total * per
+        self.allocated += sum(active) * per
+        self.ramps += total
         return True
 
     # The second way
