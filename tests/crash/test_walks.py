@@ -30,8 +30,9 @@ def test_true_engine_survives_walk(seed: int, model: Model) -> None:
 
 @pytest.mark.parametrize("image", covering_images(), ids=str)
 def test_every_operation_on_every_option(image: ImageSpec) -> None:
-    """Sequences of one operation, over images in which every two options meet."""
-    for case in SUITES["one"]([image]):
+    """Sequences of one operation, over images in which every two options meet. A cluster of 64 KiB is 128 sectors: there each
+    operation is tried at every third place."""
+    for case in itertools.islice(SUITES["one"]([image]), None, None, 3 if image.cluster_bytes == 65536 else 1):
         recording = record(case)
         for model in ("kill", "power" if image.cluster_bytes == 512 else "power4096"):
             found = walk(case, recording, model, limit=64 if image.cluster_bytes == 512 else 16).violations
@@ -42,7 +43,7 @@ def test_every_operation_on_every_option(image: ImageSpec) -> None:
 @pytest.mark.parametrize("suite", ["two", "three", "interleaved", "faulted", "nested"])
 def test_a_sample_of_each_suite(suite: str, part: int) -> None:
     """Every so many-th case; which, differs by part."""
-    steps = {"two": 97, "three": 3001, "interleaved": 147, "faulted": 297, "nested": 47}
+    steps = {"two": 97, "three": 3001, "interleaved": 147, "faulted": 499, "nested": 71}
     images = covering_images(SMALL)
     cases = itertools.islice(SUITES[suite](images[part::4]), part, None, steps[suite])
     for case in itertools.islice(cases, 30):
