@@ -1,0 +1,225 @@
+"""Everything with everything, two by two: QEMU makes an image, we read and write it, QEMU judges; and the other way round.
+
+The images cover every pair of options that can be had together. Contents are compared byte by byte on both sides, those of
+snapshots too, bitmaps must have what changed, and ``qemu-img check`` must have nothing to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import cowfence
+from cowfence.ops.snapshot import create_snapshot
+from cowfence.qcow2.image import Qcow2Disk
+from helpers_cli import cowfence as command
+from judges import run
+
+MIB = 1 << 20
+
+
+class Kind(NamedTuple):
+    """The options of one image."""
+
+    version: int
+    cluster_bytes: int
+    refcount_bits: int
+    lazy: bool
+    compression: str
+    snapshots: int
+    bitmaps: int
+    backing: str
+    preallocation: str
+
+    def __str__(self) -> str:
+        words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", self.compression, self.backing]
+        words += [f"s{self.snapshots}", f"b{self.bitmaps}", self.preallocation, *(["lazy"] if self.lazy else [])]
+        return "-".join(words)
+
+
+OPTIONS = {
+    "version": (3, 2),
+    "cluster_bytes": (65536, 512, 4096, 2 * MIB),
+    "refcount_bits": (16, 1, 2, 8, 64),
+    "lazy": (False, True),
+    "compression": ("zlib", "zstd"),
+    "snapshots": (0, 1, 2),
+    "bitmaps": (0, 1, 2),
+    "backing": ("none", "raw", "qcow2"),
+    "preallocation": ("off", "metadata"),
+}
+
+
+def can_be(kind: Kind) -> bool:
+    old = kind.version == 2
+    return not (
+        (old and (kind.refcount_bits != 16 or kind.lazy or kind.compression != "zlib" or kind.bitmaps))
+        # A cluster that three compressed ones share is counted as high as two bits can.
+        or (kind.snapshots and kind.refcount_bits <= 2)
+        or (kind.backing != "none" and kind.preallocation != "off")
+    )
+
+
+def covering() -> list[Kind]:
+    """Few kinds in which every two options that can meet do."""
+    rng = random.Random(1)
+    pool = [kind for kind in itertools.starmap(Kind, itertools.product(*OPTIONS.values())) if can_be(kind)]
+
+    def pairs(kind: Kind) -> set[tuple[tuple[int, object], ...]]:
+        return set(itertools.combinations(enumerate(kind), 2))
+
+    left = set().union(*map(pairs, pool))
+    chosen = []
+    while left:
+        best = max(rng.sample(pool, 400), key=lambda kind: len(pairs(kind) & left))
+        if pairs(best) & left:
+            chosen.append(best)
+            left -= pairs(best)
+    return chosen
+
+
+class Guest:
+    """What the guest wrote, and what it must read."""
+
+    def __init__(self, size: int, below: bytes, seed: int) -> None:
+        self.content = bytearray(below[:size].ljust(size, b"\0"))
+        self._rng = random.Random(seed)
+
+    def writes(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """(offset, length, byte) of writes, entered as they are given out; byte 0: write zeroes."""
+        for _ in range(count):
+            length = self._rng.choice([512, 4096, 65536, 100 * 512, 3])
+            at = self._rng.randrange((len(self.content) - length) // 512) * 512
+            value = self._rng.choice([0, *range(1, 255)])
+            self.content[at : at + length] = bytes([value]) * length
+            yield at, length, value
+
+
+def by_us(disk: Qcow2Disk, guest: Guest, count: int) -> None:
+    for at, length, value in guest.writes(count):
+        if value:
+            disk.write(at, bytes([value]) * length)
+        else:
+            disk.zero(at, length)
+
+
+def by_qemu(path: Path, guest: Guest, count: int) -> None:
+    commands: list[str] = []
+    for at, length, value in guest.writes(count):
+        commands += ["-c", f"write -P {value} {at} {length}" if value else f"write -z {at} {length}"]
+    run(["qemu-io", *commands, path])
+
+
+def compared(path: Path, expected: bytes) -> None:
+    raw = path.with_suffix(".expected")
+    raw.write_bytes(expected)
+    run(["qemu-img", "check", path])
+    run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw])
+    with cowfence.open(path) as disk:
+        assert disk.read(0, disk.size) == expected
+    for words in (["info"], ["info", "--output=json"], ["info", "--backing-chain"], ["info", "--backing-chain", "--output=json"]):
+        assert command(*words, str(path)).stdout == run(["qemu-img", *words, path]).stdout
+
+
+def base_of(kind: Kind, folder: Path, size: int) -> bytes:
+    """The backing file, longer or shorter than the overlay."""
+    if kind.backing == "none":
+        return b""
+    content = random.Random(7).randbytes(size // 2 if kind.backing == "qcow2" else size + 65536)
+    raw = folder / "base.raw"
+    raw.write_bytes(content)
+    if kind.backing == "qcow2":
+        run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, folder / "base.qcow2"])
+    return content
+
+
+def options(kind: Kind) -> str:
+    found = [f"compat={'0.10' if kind.version == 2 else '1.1'}", f"cluster_size={kind.cluster_bytes}"]
+    if kind.version == 3:
+        found += [f"refcount_bits={kind.refcount_bits}", f"lazy_refcounts={'on' if kind.lazy else 'off'}"]
+        found += [f"compression_type={kind.compression}"]
+    return ",".join([*found, f"preallocation={kind.preallocation}"])
+
+
+@pytest.mark.parametrize("kind", covering(), ids=str)
+def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind) -> None:
+    path, size = tmp_path / "disk.qcow2", 8 * MIB
+    guest = Guest(size, base_of(kind, tmp_path, size), 1)
+    backing = ["-b", f"base.{kind.backing}", "-F", kind.backing] if kind.backing != "none" else []
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options(kind), *backing, path, str(size)])
+    by_qemu(path, guest, 12)
+    held = []
+    for number in range(kind.snapshots):
+        run(["qemu-img", "snapshot", "-c", f"s{number}", path])
+        held.append(bytes(guest.content))
+        by_qemu(path, guest, 4)
+    for number in range(kind.bitmaps):
+        run(["qemu-img", "bitmap", "--add", "-g", "64k", path, f"b{number}"])
+    before = bytes(guest.content)
+    with cowfence.open(path, writable=True) as disk:
+        assert disk.read(0, size) == before
+        by_us(disk, guest, 20)
+        cluster = max(65536, kind.cluster_bytes)
+        disk.write_compressed(cluster, bytes(guest.content[cluster : 2 * cluster]))
+        assert disk.read(0, size) == guest.content
+    compared(path, bytes(guest.content))
+    for number, content in enumerate(held):
+        with cowfence.open(path, snapshot=f"s{number}") as disk:
+            assert disk.read(0, size) == content
+    with cowfence.open(path) as disk:
+        for number in range(kind.bitmaps):
+            covers(disk.bitmaps.ranges(f"b{number}"), before, bytes(guest.content))
+    by_qemu(path, guest, 6)
+    compared(path, bytes(guest.content))
+
+
+@pytest.mark.parametrize("kind", covering(), ids=str)
+def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
+    path, size = tmp_path / "disk.qcow2", 8 * MIB
+    guest = Guest(size, base_of(kind, tmp_path, size), 2)
+    backing = {"backing": f"base.{kind.backing}", "backing_format": kind.backing} if kind.backing != "none" else {}
+    with cowfence.create(
+        path,
+        size,
+        cluster_size=kind.cluster_bytes,
+        refcount_bits=kind.refcount_bits,
+        version=kind.version,
+        lazy_refcounts=kind.lazy,
+        compression_type=kind.compression,  # type: ignore[arg-type]
+        preallocation=kind.preallocation,  # type: ignore[arg-type]
+        **backing,  # type: ignore[arg-type]
+    ) as disk:
+        by_us(disk, guest, 12)
+        disk.write_compressed(0, bytes(guest.content[: max(65536, kind.cluster_bytes)]))
+        held = []
+        for number in range(kind.snapshots):
+            create_snapshot(disk, f"s{number}")
+            held.append(bytes(guest.content))
+            by_us(disk, guest, 4)
+        for number in range(kind.bitmaps):
+            disk.bitmaps.add(f"b{number}", granularity_bytes=65536)
+        before = bytes(guest.content)
+    compared(path, bytes(guest.content))
+    by_qemu(path, guest, 20)
+    compared(path, bytes(guest.content))
+    for number, content in enumerate(held):
+        out = tmp_path / "snapshot.raw"
+        run(["qemu-img", "convert", "-l", f"s{number}", "-f", "qcow2", "-O", "raw", path, out])
+        assert out.read_bytes() == content
+    with cowfence.open(path, writable=True) as disk:
+        for number in range(kind.bitmaps):
+            covers(disk.bitmaps.ranges(f"b{number}"), before, bytes(guest.content))
+        by_us(disk, guest, 6)
+    compared(path, bytes(guest.content))
+
+
+def covers(ranges: list[tuple[int, int]], before: bytes, after: bytes) -> None:
+    """Every 64 KiB that differ are dirty."""
+    dirty = {at for start, length in ranges for at in range(start, start + length, 65536)}
+    changed = {at for at in range(0, len(before), 65536) if before[at : at + 65536] != after[at : at + 65536]}
+    assert changed <= dirty
