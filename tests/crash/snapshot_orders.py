@@ -70,6 +70,12 @@ def _applied_in_place() -> Iterator[None]:
 
 
 @contextmanager
+def _bitmaps_forgotten() -> Iterator[None]:
+    with mock.patch.object(Alteration, "after_other_disk", return_value=None):
+        yield
+
+
+@contextmanager
 def _freed_before_it_is_gone() -> Iterator[None]:
     """Delete: what the snapshot leads to is counted down while the header still leads to it."""
     true_lower, true_transaction = Trees.lower_counts, Alteration.transaction
@@ -119,6 +125,8 @@ SNAPSHOT_CASES = {
         "apply": "v3,c512,r16,t64,aged,s1,diverged | snapshot_apply",
         "apply-smaller": "v3,c512,r16,t64,aged,s2,smaller,diverged | snapshot_apply",
         "apply-wide": "v3,c512,r16,t64,s1,wide | write:2096640+1024 flush snapshot_apply",
+        "apply-with-bitmap": "v3,c512,r16,t64,aged,s1,diverged,bitmap | snapshot_apply reopen",
+        "apply-smaller-with-bitmap": "v3,c512,r16,t64,aged,s2,smaller,diverged,bitmap | snapshot_apply reopen",
         "delete": "v3,c512,r16,t64,aged,s1,diverged | snapshot_delete",
         "delete-one-of-two": "v3,c512,r16,t64,aged,s2,diverged | snapshot_delete",
     }.items()
@@ -129,6 +137,7 @@ SNAPSHOT_MUTANTS = [
     Mutant("M16 old table freed before the switch", "create-second", counted_down_at_once(tables=True), clauses=("C5", "C7")),
     Mutant("M17 applied with a stale COPIED flag", "apply", _flags_left_on, clauses=("C5", "C10")),
     Mutant("M18 applied in place, L1 of two sectors", "apply-wide", _applied_in_place, power_only=True, clauses=("C7",)),
+    Mutant("M34 applied without a mark in the bitmap", "apply-with-bitmap", _bitmaps_forgotten, clauses=("C14",)),
     Mutant("M19 COPIED not cleared when created", "create", _flags_left_on, clauses=("C5", "C6", "C10")),
     Mutant("M4 deleted: refcounts down before the header", "delete", _freed_before_it_is_gone, clauses=("C5", "C6")),
     Mutant("M19 deleted: COPIED on where others lead there", "delete-one-of-two", _flags_on_for_all, clauses=("C5", "C10")),

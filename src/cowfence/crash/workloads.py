@@ -44,6 +44,8 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(bitmap=True),
         ImageSpec(bitmap=True, aged=True),
         ImageSpec(bitmap=True, aged=True, snapshots=1, cache=1, backing="qcow2"),
+        ImageSpec(bitmap=True, aged=True, snapshots=1, diverged=True),
+        ImageSpec(bitmap=True, aged=True, snapshots=2, diverged=True, smaller=True),
         ImageSpec(bitmap=True, keeper=True, refcount_bits=64, full=True),
         ImageSpec(bitmap=True, aged=True, cluster_bytes=4096, refcount_bits=1),
         ImageSpec(dirty=True),

@@ -21,6 +21,8 @@ delete        1 PREPARE  new snapshot table                                  fen
               2 LINK     COPIED on in the active tables where one is left    fence
 ============  =====================================================================  =========================================
 
+An apply dirties all of every bitmap that records.
+
 What lies past the size of the disk in an L1 table (the saved state of a machine) belongs to its tree like all else, and is
 kept. An operation that fails before its LINK has begun takes its counts back.
 """
@@ -124,16 +126,20 @@ def apply(alteration: Alteration, which: str) -> Snapshot:
         state.pending.patch_header(*patch, "header.link")
         _free(state, header.l1_offset, header.l1_entries * 8)
 
-    with _undone_if_it_fails(alteration, trees, active=False):
-        if trees.clear_copied(snapshot.l1_offset, snapshot.l1_entries, active=False):
-            state.committer.fence("copied.fence")
-        trees.raise_counts(new)
+    try:
+        with _undone_if_it_fails(alteration, trees, active=False):
+            if trees.clear_copied(snapshot.l1_offset, snapshot.l1_entries, active=False):
+                state.committer.fence("copied.fence")
+            trees.raise_counts(new)
+            alteration.read_again()
+            alteration.transaction(plan)
+        alteration.forget()
+        trees.lower_counts(old)
+    finally:
+        # Also where it failed after its LINK: a bitmap that missed that would call itself true when it is stored.
+        alteration.forget()
         alteration.read_again()
-        alteration.transaction(plan)
-    alteration.forget()
-    trees.lower_counts(old)
-    alteration.read_again()
-    alteration.after_other_disk()
+        alteration.after_other_disk()
     return snapshot
 
 

@@ -8,6 +8,7 @@ import random
 import struct
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,38 @@ def test_the_nth_call_fails(name: str, error: int) -> None:
         disk = opened(MemoryStorage(after, name="image"))
         disk.write(1024, b"y" * 512)
         disk.close()
+    pytest.fail("it never came to its end")
+
+
+def test_an_apply_that_fails_at_its_end_has_dirtied_the_bitmaps() -> None:
+    """The disk is another one by then: a bitmap that is stored as true must not have missed it."""
+    memory = MemoryStorage(new_image(), name="image")
+    disk = opened(memory)
+    create_snapshot(disk, "s")
+    disk.write(0, b"x" * 512)
+    disk.bitmaps.add("b", granularity_bytes=512)
+    disk.close()
+    content = memory.snapshot()
+    failed = 0
+    for nth in range(1, 60):
+        memory = MemoryStorage(content, name="image")
+        plan = FaultPlan(None, error=errno.EIO)
+        disk = opened(FaultyStorage(memory, plan))
+        disk.write(40 * 512, b"y" * 512)
+        disk.flush()
+        plan.matched, plan.nth = 0, nth
+        with suppress(CowfenceError):
+            apply_snapshot(disk, "s")
+        failed, plan.nth = plan.matched >= nth, None
+        with suppress(CowfenceError):
+            disk.close()
+        content_now = view(memory.snapshot())
+        with open_image(MemoryStorage(memory.snapshot(), writable=False), backing=None, writable=False) as again:
+            (bitmap,) = again.bitmaps
+            if not bitmap.inconsistent and content_now[:512] != b"x" * 512:
+                assert any(start <= 0 < start + length for start, length in again.bitmaps.ranges("b"))
+        if not failed:
+            return
     pytest.fail("it never came to its end")
 
 
