@@ -75,3 +75,16 @@ def test_what_is_flushed_is_told_apart_from_what_is_not() -> None:
     model.end(token)
     model.end_flush(model.begin_flush())
     assert (model.flushed(0), model.is_flushed(0)) == ((b"a" * 512,), True)
+
+
+def test_a_bitmap_made_after_a_discard_may_have_missed_that() -> None:
+    """The guest does not know whether the discard took effect; the bitmap need not have it, whichever it was."""
+    model = GuestModel(b"a" * 1024)
+    model.end(model.begin_discard(0, 512))
+    model.begin_bitmap(b"b")
+    model.end_bitmap(b"b")
+    (clean,) = model.bitmaps.values()
+    assert list(model.differing({0: bytes(512)}, clean)) == []
+    assert list(model.differing({}, clean)) == []
+    assert list(model.differing({0: b"x" * 512}, clean)) == [(0, b"x" * 512)]
+    assert list(model.differing({1: bytes(512)}, clean)) == [(1, bytes(512))]

@@ -122,7 +122,12 @@ def compared(path: Path, expected: bytes) -> None:
     run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw])
     with cowfence.open(path) as disk:
         assert disk.read(0, disk.size) == expected
-    for words in (["info"], ["info", "--output=json"], ["info", "--backing-chain"], ["info", "--backing-chain", "--output=json"]):
+    for words in (
+        ["info"],
+        ["info", "--output=json"],
+        ["info", "--backing-chain"],
+        ["info", "--backing-chain", "--output=json"],
+    ):
         assert command(*words, str(path)).stdout == run(["qemu-img", *words, path]).stdout
 
 

@@ -113,7 +113,7 @@ class Walk:
             facts={name: (value,) for name, value in structure.facts.items()},
             cluster_bytes=1 << int.from_bytes(recording.initial[subject.image][20:24], "big"),
             leaks_before=structure.leaks,
-            bitmaps={bitmap.name: [recording.guest] for bitmap in structure.bitmaps if bitmap.true},
+            bitmaps={bitmap.name: [(recording.guest, {})] for bitmap in structure.bitmaps if bitmap.true},
         )
         self._judge = Judge(subject, recording.guest, unit_bytes=self._device.unit_bytes, live=live)
         self._tokens: dict[int, int] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from cowfence.units import SECTOR_BYTES
 
@@ -21,6 +21,10 @@ _ZERO: Final = bytes(SECTOR_BYTES)
 _BITMAP_CLUSTERS: Final = 6
 """What storing a bitmap may leave over: table and bits, old and new, and the directory's share."""
 _ANY_NUMBER: Final = 1 << 62
+
+
+Moment: TypeAlias = "tuple[bytes, Mapping[int, set[bytes]]]"
+"""The disk's content, and by sector what else may stand there, for the guest cannot know (a discard)."""
 
 
 @dataclass(slots=True)
@@ -40,8 +44,8 @@ class GuestModel:
     """What each fact may be."""
     cluster_bytes: int = SECTOR_BYTES
     leaks_before: int = 0
-    bitmaps: dict[bytes, list[bytes]] = field(default_factory=dict)
-    """By name, the disk's content when the bitmap was last all clean."""
+    bitmaps: dict[bytes, list[Moment]] = field(default_factory=dict)
+    """By name, when the bitmap was last all clean."""
     changes: int = 0
     """Grows with each change of what is allowed, so that verdicts can be remembered by it."""
     content: bytearray = field(init=False)
@@ -91,21 +95,25 @@ class GuestModel:
         self.changes += 1
         self._serial += 1
         self._touched.append((self._serial, _BITMAP_CLUSTERS))
-        self.bitmaps[name] = [*self.bitmaps.get(name, []), bytes(self.content)]
+        uncertain = {sector: values for sector in self._history if len(values := self.readable(sector)) > 1}
+        self.bitmaps[name] = [*self.bitmaps.get(name, []), (bytes(self.content), uncertain)]
 
     def end_bitmap(self, name: bytes) -> None:
         """It has returned."""
         self.changes += 1
         self.bitmaps[name] = self.bitmaps[name][-1:]
 
-    def differing(self, changed: Mapping[int, bytes], clean: list[bytes]) -> Iterator[tuple[int, bytes]]:
+    def differing(self, changed: Mapping[int, bytes], clean: list[Moment]) -> Iterator[tuple[int, bytes]]:
         """Sectors, with their bytes, that are as at none of the moments ``clean``."""
         sectors = set(changed)
-        for content in clean:
+        for content, _ in clean:
             sectors |= self.changed_sectors(content).keys()
         for sector in sorted(sectors):
             value = changed.get(sector, self._initial(sector))
-            if all(value != content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] for content in clean):
+            if all(
+                value != content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES] and value not in uncertain.get(sector, ())
+                for content, uncertain in clean
+            ):
                 yield sector, value
 
     def begin_alteration(self, facts: Mapping[str, object], content: bytes | None) -> int:
