@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMMANDS: Final[dict[str, str]] = {
     "bitmap": "change persistent dirty bitmaps, or list what one recorded",
     "check": "check an image, and repair it",
+    "convert": "convert a disk into a new image",
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",

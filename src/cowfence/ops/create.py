@@ -116,7 +116,7 @@ def settle(
     settled = replace(options, size_bytes=align_up(size_bytes, SECTOR_BYTES))
     if options.format == "qcow2":
         try:
-            geometry_of(_new_image(settled))
+            geometry_of(new_image(settled))
         except Invalid as error:
             raise Invalid(f"{name}: {error}") from None
     return settled
@@ -160,7 +160,7 @@ def _identity_of(path: str | os.PathLike[str]) -> tuple[Identity, ...]:
     return ((found.st_dev, found.st_ino),)
 
 
-def _new_image(options: CreateOptions) -> NewImage:
+def new_image(options: CreateOptions) -> NewImage:
     assert options.size_bytes is not None  # since settle
     return NewImage(
         size_bytes=options.size_bytes,
@@ -182,7 +182,7 @@ def write_empty(storage: FileStorage, settled: CreateOptions) -> None:
         storage.truncate(settled.size_bytes, "create.size")
     else:
         try:
-            write_new(storage, _new_image(settled))
+            write_new(storage, new_image(settled))
         except Invalid as error:
             raise Invalid(f"{storage.name}: {error}") from None
     if settled.preallocation in ("falloc", "full"):

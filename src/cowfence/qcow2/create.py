@@ -73,8 +73,8 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
     l2_tables = l1_entries if wanted.preallocate_metadata else 0
     used = 1 + l1_clusters + l2_tables + guest_clusters
-    table_clusters, blocks = _refcount_shape(geometry, used)
-    header = _header(wanted, geometry, table_clusters, l1_entries, HostOffset(cluster_bytes * (1 + table_clusters + blocks)))
+    table_clusters, blocks = refcount_shape(geometry, used)
+    header = header_of(wanted, geometry, table_clusters, l1_entries, HostOffset(cluster_bytes * (1 + table_clusters + blocks)))
     encoded = encode(header)
     if len(encoded) > cluster_bytes:
         raise Invalid(f"the header does not fit into a cluster of {cluster_bytes} bytes")
@@ -87,7 +87,7 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     return header
 
 
-def _refcount_shape(geometry: Geometry, used: int) -> tuple[int, int]:
+def refcount_shape(geometry: Geometry, used: int) -> tuple[int, int]:
     """Clusters of the refcount table, and blocks, that count ``used`` clusters and themselves."""
     table_clusters, blocks = 1, 1
     while True:
@@ -99,7 +99,8 @@ def _refcount_shape(geometry: Geometry, used: int) -> tuple[int, int]:
         table_clusters, blocks = max(need_table, table_clusters), max(need_blocks, blocks)
 
 
-def _header(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entries: int, l1_offset: HostOffset) -> Header:
+def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entries: int, l1_offset: HostOffset) -> Header:
+    """The header of a new image whose refcount table stands in the second cluster."""
     extensions: list[Extension] = []
     backing_name = wanted.backing_name.encode("utf-8", "surrogateescape") if wanted.backing_name is not None else None
     if backing_name is not None and not 0 < len(backing_name) <= MAX_BACKING_NAME_BYTES:

@@ -1,0 +1,348 @@
+"""Convert a disk into a new image: raw or qcow2, plain or compressed, on all cores.
+
+The source tells its extents; what is not zero by them is read in pieces on several threads, looked at for zeros, compressed
+where that is asked for, and written. Reading, compressing and writing all leave Python's lock. Pieces are placed in their order
+(or, out of order, as they come), so that at most a few of them are in memory.
+
+The target is made under a temporary name and gets its own when it is whole and durable: an interrupted conversion leaves
+nothing under that name (``storage.publish``). A block device as a raw target is written in place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import numpy as np
+
+from cowfence.chain import open_chain
+from cowfence.codec import compressor
+from cowfence.disk.base import Disk
+from cowfence.disk.opener import Refs, printable
+from cowfence.errors import Invalid, NoSpace, Unsupported
+from cowfence.extents import Extent
+from cowfence.ops.create import COMPRESSION_TYPES, CreateOptions, new_image, settle
+from cowfence.qcow2.bulk import BulkImage
+from cowfence.qcow2.describe import JsonValue
+from cowfence.storage.base import Storage
+from cowfence.storage.publish import NewFile
+from cowfence.units import KIB, MIB
+
+Progress = Callable[[int, int], None]
+"""(bytes of the source that are done, its size)."""
+
+_PIECE_BYTES: Final = 2 * MIB
+DEFAULT_SPARSE_BYTES: Final = 4 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """``data_bytes``: of the source, were written (before compression); the rest reads as zeros."""
+
+    source: str
+    target: str
+    format: str
+    size_bytes: int
+    data_bytes: int
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        return {
+            "source": self.source,
+            "target": self.target,
+            "format": self.format,
+            "virtual-size": self.size_bytes,
+            "data": self.data_bytes,
+        }
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    options: CreateOptions,
+    *,
+    format: str = "qcow2",
+    snapshot: str | None = None,
+    compress: bool = False,
+    sparse_bytes: int = DEFAULT_SPARSE_BYTES,
+    threads: int | None = None,
+    in_order: bool = True,
+    refs: Refs | None = None,
+    force_share: bool = False,
+    assume_backing_format: str | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """Convert the disk of ``source`` (or of one of its snapshots) into a new image at ``target``.
+
+    ``options``: of the new image; its size is the source's. ``sparse_bytes``: so many zeros in a row, at least, become a hole
+    of a raw target (a qcow2 target has holes of whole clusters); 0: none do. ``threads``: default twice the cores, at most 16.
+    ``in_order``: data stands in the file in the order of the disk.
+
+    Raises Invalid, Unsupported, NoSpace, and as ``chain.open_chain`` and ``storage.publish`` do; then nothing is left.
+    """
+    if options.size_bytes is not None or options.backing is not None:
+        raise Invalid(f"{printable(os.fspath(target))}: a conversion takes size and backing file from its source")
+    if compress and options.format != "qcow2":
+        raise Invalid("Compression not supported for this file format")
+    if sparse_bytes < 0 or sparse_bytes % 512:
+        raise Invalid("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512")
+    disk = open_chain(
+        source,
+        format=format,
+        refs=refs,
+        force_share=force_share,
+        assume_backing_format=assume_backing_format,
+        snapshot=snapshot,
+    )
+    try:
+        settled = settle(target, replace(options, size_bytes=disk.size))
+        with NewFile(target) as new:
+            work = _Work(disk, sparse_bytes, progress)
+            sink = _sink(new, settled, disk.size, compress=compress, sparse_bytes=sparse_bytes)
+            work.run(sink, threads or min(16, 2 * (os.cpu_count() or 1)), in_order=in_order)
+            sink.finish()
+            new.publish()
+        return Converted(os.fspath(source), os.fspath(target), options.format, disk.size, work.data_bytes)
+    finally:
+        disk.close()
+
+
+class _Sink(Protocol):
+    """A target. ``prepare`` may run on many threads at once; ``place`` is called in the order of the pieces where that is
+    asked for, and returns what writes them."""
+
+    unit_bytes: int
+
+    def prepare(self, start: int, data: memoryview) -> Prepared: ...
+
+    def place(self, prepared: Prepared) -> Callable[[], None]: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A piece, looked through: its runs that are not zero (offset in the piece, length in bytes), or their streams."""
+
+    start: int
+    data: memoryview
+    runs: list[tuple[int, int]]
+    streams: list[tuple[int, bytes]]
+    """(guest offset, stream)."""
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(length_bytes for _, length_bytes in self.runs) + sum(len(stream) for _, stream in self.streams)
+
+
+def _sink(new: NewFile, settled: CreateOptions, size_bytes: int, *, compress: bool, sparse_bytes: int) -> _Sink:
+    if settled.format == "raw":
+        return _RawSink(new, settled, size_bytes, sparse_bytes)
+    if new.in_place:
+        raise Unsupported(new.path, "a qcow2 image on a block device as the target of convert")
+    if settled.preallocation != "off":
+        raise Unsupported(new.path, f"preallocation={settled.preallocation} of a converted image")
+    return _QcowSink(new.storage, settled, compress=compress, sparse=bool(sparse_bytes))
+
+
+class _RawSink:
+    """A raw file, where zeros stay holes; a device is made zero first."""
+
+    def __init__(self, new: NewFile, settled: CreateOptions, size_bytes: int, sparse_bytes: int) -> None:
+        self._storage = new.storage
+        self.unit_bytes = sparse_bytes or 512
+        self._sparse = bool(sparse_bytes)
+        if not new.in_place:
+            new.storage.truncate(size_bytes, "create.size")
+        elif new.storage.size() < size_bytes:
+            raise NoSpace(f"{new.path}: the device has {new.storage.size()} bytes, {size_bytes} are needed")
+        else:
+            new.storage.zero(0, size_bytes, "convert.zero")
+        if settled.preallocation != "off":
+            from cowfence.ops.create import write_empty
+
+            write_empty(new.storage, settled)
+
+    def prepare(self, start: int, data: memoryview) -> Prepared:
+        runs = data_runs(data, self.unit_bytes) if self._sparse else [(0, len(data))]
+        return Prepared(start, data, runs, [])
+
+    def place(self, prepared: Prepared) -> Callable[[], None]:
+        def write() -> None:
+            for at, length_bytes in prepared.runs:
+                self._storage.writev(prepared.start + at, (prepared.data[at : at + length_bytes],), "data.write")
+
+        return write
+
+    def finish(self) -> None:
+        pass
+
+
+class _QcowSink:
+    """A qcow2 file. A cluster is a hole, or written whole, or as a stream if that is shorter."""
+
+    def __init__(self, storage: Storage, settled: CreateOptions, *, compress: bool, sparse: bool) -> None:
+        self._storage = storage
+        self._image = BulkImage(storage, new_image(settled))
+        self._bits = self._image.geometry.cluster_bits
+        self.unit_bytes = self._image.geometry.cluster_bytes
+        self._compress = compressor(COMPRESSION_TYPES[settled.compression_type]) if compress else None
+        self._sparse = sparse
+
+    def prepare(self, start: int, data: memoryview) -> Prepared:
+        runs = data_runs(data, self.unit_bytes) if self._sparse else [(0, len(data))]
+        if self._compress is None:
+            return Prepared(start, data, runs, [])
+        plain: list[tuple[int, int]] = []
+        streams: list[tuple[int, bytes]] = []
+        for first, length_bytes in runs:
+            for at in range(first, first + length_bytes, self.unit_bytes):
+                cluster = bytes(data[at : at + self.unit_bytes]).ljust(self.unit_bytes, b"\0")
+                stream = self._compress(cluster)
+                if len(stream) < self.unit_bytes:
+                    streams.append((start + at, stream))
+                else:
+                    plain.append((at, min(self.unit_bytes, len(data) - at)))
+        return Prepared(start, data, plain, streams)
+
+    def place(self, prepared: Prepared) -> Callable[[], None]:
+        plain = []
+        for at, length_bytes in prepared.runs:
+            clusters = -(-length_bytes >> self._bits)
+            plain.append((self._image.place_data(prepared.start + at >> self._bits, clusters), at, length_bytes))
+        guests = [guest >> self._bits for guest, _ in prepared.streams]
+        places = self._image.place_streams(guests, [len(stream) for _, stream in prepared.streams])
+
+        def write() -> None:
+            for host, at, length_bytes in plain:
+                self._storage.writev(host, (prepared.data[at : at + length_bytes],), "data.write")
+            for run_at, buffers in _joined(places, [stream for _, stream in prepared.streams]):
+                self._storage.writev(run_at, buffers, "data.write")
+
+        return write
+
+    def finish(self) -> None:
+        self._image.finish()
+
+
+def _joined(places: list[int], streams: list[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+    """Streams that stand one behind the other, in one call. Each run goes on to the end of its last sector only if nobody's
+    stream begins in there, so the file's end is left to ``truncate``."""
+    start, end, buffers = 0, -1, list[bytes]()
+    for place, stream in zip(places, streams, strict=True):
+        if place != end:
+            if buffers:
+                yield start, buffers
+            start, buffers = place, []
+        buffers.append(stream)
+        end = place + len(stream)
+    if buffers:
+        yield start, buffers
+
+
+def data_runs(data: memoryview, unit_bytes: int) -> list[tuple[int, int]]:
+    """The parts of ``data`` that are not all zeros, as (offset, length in bytes), in units."""
+    whole = len(data) // unit_bytes * unit_bytes
+    some = np.frombuffer(data[:whole], np.uint64).reshape(-1, unit_bytes // 8).any(axis=1) if whole else np.zeros(0, bool)
+    if len(data) > whole:
+        some = np.append(some, bool(bytes(data[whole:]).strip(b"\0")))
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], some, [0])).astype(np.int8))).tolist()
+    return [
+        (first * unit_bytes, min(last * unit_bytes, len(data)) - first * unit_bytes)
+        for first, last in zip(edges[::2], edges[1::2], strict=True)
+    ]
+
+
+class _Work:
+    """The pieces of a disk, on many threads."""
+
+    def __init__(self, disk: Disk, sparse_bytes: int, progress: Progress | None) -> None:
+        self._disk = disk
+        self._sparse_bytes = sparse_bytes
+        self._progress = progress
+        self._turn = threading.Condition()
+        self._next = 0
+        self._failed = False
+        self.data_bytes = 0
+
+    def run(self, sink: _Sink, threads: int, *, in_order: bool) -> None:
+        under_way: set[Future[tuple[int, int]]] = set()
+        with ThreadPoolExecutor(threads, thread_name_prefix="cowfence-convert") as pool:
+            try:
+                for number, (start, length_bytes) in enumerate(self._pieces(sink.unit_bytes)):
+                    if len(under_way) >= 2 * threads:
+                        under_way = self._some_ended(under_way)
+                    under_way.add(pool.submit(self._piece, sink, number, start, length_bytes, in_order))
+                while under_way:
+                    under_way = self._some_ended(under_way)
+            except BaseException:
+                with self._turn:
+                    self._failed = True
+                    self._turn.notify_all()
+                for future in under_way:
+                    future.cancel()
+                raise
+        if self._progress is not None:
+            self._progress(self._disk.size, self._disk.size)
+
+    def _some_ended(self, under_way: set[Future[tuple[int, int]]]) -> set[Future[tuple[int, int]]]:
+        done, left = wait(under_way, return_when=FIRST_COMPLETED)
+        end = 0
+        for future in done:
+            data_bytes, reached = future.result()
+            self.data_bytes += data_bytes
+            end = max(end, reached)
+        if self._progress is not None:
+            self._progress(end, self._disk.size)
+        return left
+
+    def _piece(self, sink: _Sink, number: int, start: int, length_bytes: int, in_order: bool) -> tuple[int, int]:
+        buffer = np.empty(length_bytes, np.uint8).data
+        try:
+            self._disk.read_into(start, buffer)
+            prepared = sink.prepare(start, buffer)
+        except BaseException:
+            # Nobody waits for this piece any more.
+            with self._turn:
+                self._failed = True
+                self._turn.notify_all()
+            raise
+        if in_order:
+            with self._turn:
+                self._turn.wait_for(lambda: self._next == number or self._failed)
+                try:
+                    write = sink.place(prepared)
+                finally:
+                    self._next = number + 1
+                    self._turn.notify_all()
+        else:
+            write = sink.place(prepared)
+        write()
+        return sum(length for _, length in prepared.runs) + len(prepared.streams) * sink.unit_bytes, start + length_bytes
+
+    def _pieces(self, unit_bytes: int) -> Iterator[tuple[int, int]]:
+        """Ranges with data, rounded out to whole units of the target and cut into pieces."""
+        size = self._disk.size
+        piece_bytes = max(_PIECE_BYTES, unit_bytes)
+        for start, end in _rounded(self._disk.extents(0, size), unit_bytes, size, all_of_it=not self._sparse_bytes):
+            for at in range(start, end, piece_bytes):
+                yield at, min(piece_bytes, end - at)
+
+
+def _rounded(extents: Iterable[Extent], unit_bytes: int, size: int, *, all_of_it: bool) -> Iterator[tuple[int, int]]:
+    start = end = 0
+    for extent in extents:
+        if extent.zero and not all_of_it:
+            continue
+        first = extent.start // unit_bytes * unit_bytes
+        last = min(-(-extent.end // unit_bytes) * unit_bytes, size)
+        if first > end:
+            if end > start:
+                yield start, end
+            start = first
+        end = max(end, last)
+    if end > start:
+        yield start, end
