@@ -24,6 +24,10 @@ class Zeroes:
         self._state = state
         self._writes = writes
 
+    def write(self, offset: int, data: memoryview, *, wait: bool) -> int:
+        """See ``Writes.write``."""
+        return self._writes.write(offset, data, wait=wait)
+
     def zero(self, offset: int, length_bytes: int, *, unmap: bool, wait: bool) -> int:
         """Make a piece of the range read as zeros. Raises as ``Writes.write`` does."""
         geometry = self._state.geometry
