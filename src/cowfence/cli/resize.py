@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-from typing import Final
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.errors import Invalid, Unsupported
 from cowfence.units import parse_size
-
-_WARNING: Final = (
-    "cowfence: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an "
-    "operation, make sure there is no important data there."
-)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,21 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
         size_bytes = parse_size(digits)
     except ValueError as error:
         raise Invalid(str(error)) from None
-    try:
-        done = resize(
-            image,
-            size_bytes,
-            relative={"+": 1, "-": -1, "": 0}[sign],
-            format=source_format(arguments, image),
-            shrink=arguments.shrink,
-            preallocation=arguments.preallocation,
-            refs=references(arguments, image),
-            assume_backing_format=arguments.assume_backing_format,
-        )
-    except Invalid as error:
-        if "--shrink" in str(error):
-            print(_WARNING, file=sys.stderr)
-        raise
+    done = resize(
+        image,
+        size_bytes,
+        relative={"+": 1, "-": -1, "": 0}[sign],
+        format=source_format(arguments, image),
+        shrink=arguments.shrink,
+        preallocation=arguments.preallocation,
+        refs=references(arguments, image),
+        assume_backing_format=arguments.assume_backing_format,
+    )
     if arguments.quiet:
         return 0
     if arguments.output == "json":

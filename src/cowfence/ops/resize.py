@@ -80,9 +80,7 @@ def resize(
     """
     from cowfence.chain import open_chain
 
-    with open_chain(
-        path, format=format, writable=True, refs=refs, assume_backing_format=assume_backing_format
-    ) as disk:
+    with open_chain(path, format=format, writable=True, refs=refs, assume_backing_format=assume_backing_format) as disk:
         old_bytes = disk.size
         wanted_bytes = old_bytes + relative * size_bytes if relative else size_bytes
         resize_disk(disk, wanted_bytes, shrink=shrink, preallocation=preallocation)

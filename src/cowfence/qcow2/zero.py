@@ -93,7 +93,9 @@ class Zeroes:
                 if number:
                     length_bytes = number << bits
                     break
-                return self._write_zeros(offset, min(length_bytes, state.size - offset), wait=wait)
+                # Behind the end of the disk, where an alteration may work, whole clusters are zeroed.
+                inside = state.size - offset if offset < state.size else length_bytes
+                return self._write_zeros(offset, min(length_bytes, inside), wait=wait)
             if kind is RunKind.DATA and not unmap and state.may_write_in_place(entry, wait=wait):
                 changes.append((first + number, entry | ZERO, RunKind.UNALLOCATED, 0))
             else:
