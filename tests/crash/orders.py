@@ -480,7 +480,6 @@ MUTANTS = [
 
 WAITING = {
     "M21": "header rewrite",
-    "M22": "shrink",
     "M24": "data file",
 }
 """Broken orders of operations that the engine does not have yet."""

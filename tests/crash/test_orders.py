@@ -29,10 +29,11 @@ from cowfence.storage.record import RecordingStorage
 from crash.orders import CASES as OTHER_CASES
 from crash.orders import MUTANTS as OTHER_MUTANTS
 from crash.orders import WAITING, Mutant
+from crash.size_orders import SIZE_CASES, SIZE_MUTANTS
 from crash.snapshot_orders import SNAPSHOT_CASES, SNAPSHOT_MUTANTS
 
-CASES = OTHER_CASES | SNAPSHOT_CASES
-MUTANTS = [*OTHER_MUTANTS, *SNAPSHOT_MUTANTS]
+CASES = OTHER_CASES | SNAPSHOT_CASES | SIZE_CASES
+MUTANTS = [*OTHER_MUTANTS, *SNAPSHOT_MUTANTS, *SIZE_MUTANTS]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -33,6 +33,7 @@ COMMANDS: Final[dict[str, str]] = {
     "dd": "copy a range of a disk into a new image",
     "info": "describe an image",
     "map": "show where the bytes of a disk stand",
+    "resize": "make a disk longer or shorter",
     "serve": "serve a disk over NBD",
     "snapshot": "list, create, apply or delete internal snapshots",
 }

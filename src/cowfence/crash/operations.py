@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.crash.structure import active_digest
 from cowfence.disk.base import Request, Verb
-from cowfence.errors import Invalid
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
+from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from cowfence.crash.runner import Facts, Run
@@ -224,3 +226,47 @@ def _snapshot_delete(run: Run, step: Step) -> None:  # noqa: ARG001
 def _lists(facts: Facts) -> tuple[tuple[tuple[object, ...], ...], ...]:
     """The list of the snapshots, before and after."""
     return facts.before["snapshots"], facts.after["snapshots"]  # type: ignore[return-value]
+
+
+@operation("shrink")
+def _shrink(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Into the second L2 table of small clusters, then to half: into a cluster where they are large."""
+    size, table_end = run.disk.size, 66 * SECTOR_BYTES
+    _resize(run, table_end if run.spec.cluster_bytes == SECTOR_BYTES and size > table_end else _half(size))
+
+
+@operation("grow")
+def _grow(run: Run, step: Step) -> None:  # noqa: ARG001
+    """To what it was before it shrank, else by an L2 table's clusters where they are small."""
+    size, first = run.disk.size, run.built.size_bytes
+    more = 70 * SECTOR_BYTES if run.spec.cluster_bytes == SECTOR_BYTES else run.spec.cluster_bytes + SECTOR_BYTES
+    if size < first + 2 * more:
+        _resize(run, first if size < first else size + more)
+
+
+@operation("grow_allocated")
+def _grow_allocated(run: Run, step: Step) -> None:  # noqa: ARG001
+    """By a few clusters that are allocated ahead."""
+    if run.disk.size < run.built.size_bytes + 9 * run.spec.cluster_bytes:
+        _resize(run, run.disk.size + 3 * run.spec.cluster_bytes, preallocation="metadata")
+
+
+def _half(size: int) -> int:
+    return max(SECTOR_BYTES, size // 2 // SECTOR_BYTES * SECTOR_BYTES - SECTOR_BYTES)
+
+
+def _resize(run: Run, size_bytes: int, *, preallocation: str = "off") -> None:
+    """What is left of the disk stays, and what is new reads as zeros. Version 2 with snapshots refuses it."""
+    if run.spec.version < 3 and run.disk.header.snapshot_count:
+        return
+    content = run.guest_content()[:size_bytes].ljust(size_bytes, b"\0")
+    with run.altering(content) as facts:
+        try:
+            resize_disk(run.disk, size_bytes, shrink=True, preallocation=preallocation)
+        except CowfenceError:
+            if run.disk.size != size_bytes:
+                raise
+            # The size is durable, unless the image is read-only now; what failed was to free what lay behind.
+            run.disk.flush()
+    refused = facts.after["size"] == facts.before["size"]
+    assert refused or facts.after["size"] == size_bytes, "the size is what was asked for"

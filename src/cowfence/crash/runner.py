@@ -155,6 +155,14 @@ class Run:
         watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)
         return _Cold(watched) if self.spec.cold else watched
 
+    def guest_content(self) -> bytes:
+        """What the guest reads now; nobody does anything meanwhile."""
+        self._opening = True
+        try:
+            return self.disk.read(0, self.disk.size)
+        finally:
+            self._opening = False
+
     def snapshot_content(self, snapshot_id: str) -> bytes:
         """What the guest's disk was when a snapshot was taken."""
         return self._read_plainly(self.memory.snapshot(), snapshot_id)

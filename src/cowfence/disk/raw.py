@@ -25,7 +25,7 @@ from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_padded
-from cowfence.units import KIB
+from cowfence.units import KIB, MIB
 
 _READ: Final = Verb.READ
 _WRITE: Final = Verb.WRITE
@@ -59,6 +59,11 @@ class RawDisk:
     def as_file(self, buffering: int = 64 * KIB) -> io.BufferedRandom | io.BufferedReader:
         """The disk as a buffered binary file; see ``disk.fileview``. Closing it flushes the disk and leaves it open."""
         return as_file(self, buffering)
+
+    @property
+    def name(self) -> str:
+        """The file's, for messages."""
+        return self._storage.name
 
     @property
     def writable(self) -> bool:
@@ -113,6 +118,23 @@ class RawDisk:
             except CowfenceError as error:
                 self._failed_fence = error
                 raise
+
+    def resize(self, size_bytes: int, *, reserve: bool = False, fill: bool = False) -> None:
+        """Give the disk another size, durably: that of its file. ``reserve``: take the host's space for what is new; ``fill``:
+        and write it, zeros. Not while others use the disk.
+
+        Raises ReadOnly, NoSpace, Unsupported (a block device, whose length is fixed), StorageFailed.
+        """
+        self._begin_write(0, 0)
+        storage, old_bytes = self._storage, self.size
+        if fill:
+            for at in range(old_bytes, size_bytes, MIB):
+                storage.writev(at, (bytes(min(MIB, size_bytes - at)),), "resize.fill")
+        elif reserve and size_bytes > old_bytes:
+            storage.zero(old_bytes, size_bytes - old_bytes, "resize.fill")
+        storage.truncate(size_bytes, "resize.size")
+        self.size = size_bytes
+        self._end_write(fua=True)
 
     def extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
         self._check_open()

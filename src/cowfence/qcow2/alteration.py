@@ -26,6 +26,7 @@ from cowfence.qcow2.state import State
 
 if TYPE_CHECKING:
     from cowfence.qcow2.bitmaps import Bitmaps
+    from cowfence.qcow2.zero import Zeroes
 
 T = TypeVar("T")
 
@@ -33,8 +34,10 @@ T = TypeVar("T")
 class Alteration:
     """What the body of an alteration works with."""
 
-    def __init__(self, state: State, plans: Plans, bitmaps: Bitmaps | None) -> None:
+    def __init__(self, state: State, plans: Plans, bitmaps: Bitmaps | None, zeroes: Zeroes | None) -> None:
         self.state = state
+        self.zeroes = zeroes
+        """How the image zeroes and writes guest clusters, for plans."""
         self._plans = plans
         self._bitmaps = bitmaps
 
@@ -56,6 +59,13 @@ class Alteration:
         if self._bitmaps is not None:
             self._bitmaps.resized()
             self._bitmaps.mark(0, self.state.size)
+
+    def after_resize(self, old_size_bytes: int) -> None:
+        """The disk has become longer or shorter, and the state has been read again: what is new of it counts as changed."""
+        if self._bitmaps is not None:
+            self._bitmaps.resized()
+            if self.state.size > old_size_bytes:
+                self._bitmaps.mark(old_size_bytes, self.state.size - old_size_bytes)
 
     def read_again(self) -> None:
         """Between two transactions: what follows is planned from what is on disk now."""
@@ -79,6 +89,7 @@ def alter(
     check: Callable[[], None],
     body: Callable[[Alteration], T],
     bitmaps: Bitmaps | None = None,
+    zeroes: Zeroes | None = None,
 ) -> T:
     """Close the gate, carry out ``body``, read the state again, open the gate.
 
@@ -94,7 +105,7 @@ def alter(
             check()
             notes, state.pending.notes = state.pending.notes, None
         try:
-            result = body(Alteration(state, plans, bitmaps))
+            result = body(Alteration(state, plans, bitmaps, zeroes))
             if state.committer.unfenced_reclaim:
                 state.committer.fence("reclaim.fence")
         except BaseException:

@@ -513,7 +513,7 @@ class Qcow2Disk:
         self._check_writable()
         self._settle()
         try:
-            return alter(self._state, self._plans, self._check_writable, body, self._bitmaps)
+            return alter(self._state, self._plans, self._check_writable, body, self._bitmaps, self._zeroes)
         finally:
             with self._lock:
                 if self._unready is None:

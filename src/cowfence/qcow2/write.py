@@ -241,14 +241,16 @@ class LinkHome:
         return table
 
 
-def grow_l1(state: State, *, wait: bool) -> None:
-    """Make the L1 table as long as the disk's size asks for (an image may come with a shorter one), in the pending transaction.
+def grow_l1(state: State, *, wait: bool, size_bytes: int | None = None) -> None:
+    """Make the L1 table as long as the disk's size asks for (an image may come with a shorter one), or a disk of ``size_bytes``,
+    in the pending transaction.
 
     PREPARE: a longer copy in fresh clusters. LINK: the header's L1 fields, one write inside sector 0. RECLAIM: the old table.
     """
     geometry = state.geometry
     old = state.l1
-    clusters = geometry.clusters_for(geometry.l1_entries_for(state.size) * 8)
+    entries = geometry.l1_entries_for(state.size if size_bytes is None else size_bytes)
+    clusters = geometry.clusters_for(entries * 8)
     if clusters * geometry.cluster_bytes > MAX_L1_BYTES:
         raise NoSpace(f"{state.storage.name}: the L1 table cannot grow past {MAX_L1_BYTES} bytes")
     run = state.allocator.reserve_contiguous(clusters, wait=wait)
@@ -259,7 +261,6 @@ def grow_l1(state: State, *, wait: bool) -> None:
     state.layout.claim_new(offset, clusters, Kind.L1)
     state.refcounts.increment(run.first, clusters)
     state.pending.add(table, copied=old)
-    entries = geometry.l1_entries_for(state.size)
     state.pending.patch_header(*l1_patch(HostOffset(offset), entries), "header.link")
     if old.offset:
         state.pending.free(old.offset >> geometry.cluster_bits, geometry.clusters_for(len(old.entries) * 8), table=True)

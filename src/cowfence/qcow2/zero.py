@@ -24,6 +24,10 @@ class Zeroes:
         self._state = state
         self._writes = writes
 
+    def write(self, offset: int, data: memoryview, *, wait: bool) -> int:
+        """See ``Writes.write``."""
+        return self._writes.write(offset, data, wait=wait)
+
     def zero(self, offset: int, length_bytes: int, *, unmap: bool, wait: bool) -> int:
         """Make a piece of the range read as zeros. Raises as ``Writes.write`` does."""
         geometry = self._state.geometry
@@ -89,7 +93,9 @@ class Zeroes:
                 if number:
                     length_bytes = number << bits
                     break
-                return self._write_zeros(offset, min(length_bytes, state.size - offset), wait=wait)
+                # Behind the end of the disk, where an alteration may work, whole clusters are zeroed.
+                inside = state.size - offset if offset < state.size else length_bytes
+                return self._write_zeros(offset, min(length_bytes, inside), wait=wait)
             if kind is RunKind.DATA and not unmap and state.may_write_in_place(entry, wait=wait):
                 changes.append((first + number, entry | ZERO, RunKind.UNALLOCATED, 0))
             else:

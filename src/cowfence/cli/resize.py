@@ -1,0 +1,63 @@
+"""``cowfence resize``: make a disk longer or shorter, with the options and words of ``qemu-img resize``.
+
+The image keeps its size until all that would show in the new part is gone, durably; a shorter disk needs ``--shrink``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from cowfence.cli.formats import source_format
+from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.errors import Invalid, Unsupported
+from cowfence.units import parse_size
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    # "-1M" is a size here, as in qemu-img.
+    parser._negative_number_matcher = re.compile(r"^-\.?\d")
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("--shrink", action="store_true", help="the disk may become shorter: what lies behind its end is gone")
+    parser.add_argument(
+        "--preallocation",
+        default="off",
+        metavar="MODE",
+        help="of what is new: off (default), metadata, falloc (host space is reserved), full (and written)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--image-opts", action="store_true", help=argparse.SUPPRESS)
+    add_output_option(parser)
+    add_reference_options(parser)
+    parser.add_argument("image")
+    parser.add_argument("size", help="such as 10G, or +1G or -1G to add or take away")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cowfence.ops.resize import resize
+
+    image = arguments.image
+    if arguments.image_opts:
+        raise Unsupported(image, "--image-opts; give the file's name and -f")
+    sign, digits = (arguments.size[0], arguments.size[1:]) if arguments.size[:1] in ("+", "-") else ("", arguments.size)
+    try:
+        size_bytes = parse_size(digits)
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    done = resize(
+        image,
+        size_bytes,
+        relative={"+": 1, "-": -1, "": 0}[sign],
+        format=source_format(arguments, image),
+        shrink=arguments.shrink,
+        preallocation=arguments.preallocation,
+        refs=references(arguments, image),
+        assume_backing_format=arguments.assume_backing_format,
+    )
+    if arguments.quiet:
+        return 0
+    if arguments.output == "json":
+        print_json(done.to_dict())
+    else:
+        print("Image resized.")
+    return 0

@@ -1,0 +1,198 @@
+"""Resizing: the disk becomes longer or shorter (crash contract, R8, C8).
+
+What lies behind the end of a disk must never show when it grows: neither what an earlier shrinking had no time to free, nor the
+rest of its last cluster, nor a longer backing file. So growing first makes all that zeros, durably, and the size comes last;
+shrinking takes the size first, and only what nobody can reach any more is freed. Each line is a transaction or several:
+
+=========  ==================================================================  ==================================================
+operation  transactions                                                        a crash after each
+=========  ==================================================================  ==================================================
+grow       1 LINK     a longer L1 table, where one is needed                   the disk is as it was
+           2 LINK     entries behind the end lead nowhere; RECLAIM frees       the same
+           3 data     zeros in the rest of the last cluster                    the same: nobody reads it
+           4 LINK     zero clusters where the backing file is longer           the same
+           5 LINK     clusters allocated ahead, where that is asked for        the same; growing again frees them first
+           6 LINK     the size, in sector 0                                    the disk is longer
+shrink     1 LINK     the size, in sector 0                                    the disk is shorter; entries behind its end
+           2 LINK     these entries lead nowhere; RECLAIM frees                the disk is shorter
+=========  ==================================================================  ==================================================
+
+The L1 table keeps its length when the disk shrinks. Entries behind the end can also be the saved state of a machine that came
+with an applied snapshot; the snapshot keeps it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from cowfence.errors import Invalid, Unsupported
+from cowfence.qcow2.alteration import Alteration
+from cowfence.qcow2.entries import COPIED
+from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES
+from cowfence.qcow2.header import size_patch
+from cowfence.qcow2.mapping import RunKind, runs
+from cowfence.qcow2.state import State
+from cowfence.qcow2.write import LinkHome, free_entry, grow_l1
+from cowfence.units import MIB, SECTOR_BYTES, align_down, align_up
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.zero import Zeroes
+
+_ZEROS: Final = bytes(MIB)
+
+
+class Preallocation(Enum):
+    """What a disk that grows has of its new part. METADATA: clusters, with entries that lead to them. FALLOC: their host space
+    is reserved, too. FULL: it is written."""
+
+    OFF = "off"
+    METADATA = "metadata"
+    FALLOC = "falloc"
+    FULL = "full"
+
+
+def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation = Preallocation.OFF) -> None:
+    """Give the disk another size, a multiple of 512 bytes; its new part reads as zeros.
+
+    Raises Invalid (the size, or too large for an L1 table), Unsupported (version 2 with snapshots, which do not know their
+    size), NoSpace and what the storage raises: then the disk has its old size, or, where the size had changed, its new one.
+    """
+    state = alteration.state
+    old_bytes = state.size
+    _check(state, size_bytes)
+    if size_bytes == old_bytes:
+        return
+    alteration.before_other_disk(size_bytes)
+    if size_bytes > old_bytes:
+        _prepare_growth(alteration, size_bytes, preallocation)
+    alteration.transaction(lambda: state.pending.patch_header(*size_patch(size_bytes), "header.link"))
+    alteration.read_again()
+    if size_bytes < old_bytes:
+        _unlink_behind(alteration, size_bytes)
+    alteration.after_resize(old_bytes)
+
+
+def _check(state: State, size_bytes: int) -> None:
+    name = state.storage.name
+    if size_bytes % SECTOR_BYTES:
+        raise Invalid(f"{name}: The new size must be a multiple of {SECTOR_BYTES}")
+    if state.header.version < 3 and state.header.snapshot_count:
+        raise Unsupported(name, "Can't resize a v2 image which has snapshots")
+    if size_bytes < 0 or state.geometry.l1_entries_for(size_bytes) * TABLE_ENTRY_BYTES > MAX_L1_BYTES:
+        raise Invalid(f"{name}: a disk of {size_bytes} bytes is too large for clusters of {state.geometry.cluster_bytes} bytes")
+
+
+def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Preallocation) -> None:
+    """All but the size."""
+    state, zeroes = alteration.state, alteration.zeroes
+    assert zeroes is not None
+    geometry = state.geometry
+    old_bytes = state.size
+    if geometry.l1_entries_for(size_bytes) > len(state.l1.entries):
+        alteration.transaction(lambda: grow_l1(state, wait=True, size_bytes=size_bytes))
+    _unlink_behind(alteration, old_bytes)
+    backing_bytes = state.backing.size if state.backing is not None else 0
+    cluster_end = align_up(old_bytes, geometry.cluster_bytes)
+    if cluster_end > old_bytes:
+        alteration.transaction(lambda: _zero_rest(state, zeroes, old_bytes, cluster_end, backing_bytes))
+    if backing_bytes > cluster_end:
+        with state.lock:
+            # From here on as the longer disk will see it, so that what reads as zeros is not what lies below.
+            state.backing_bytes = min(backing_bytes, size_bytes)
+        hidden_end = align_up(min(backing_bytes, size_bytes), geometry.cluster_bytes)
+        at = cluster_end
+        while at < hidden_end:
+            at += alteration.transaction(lambda at=at: zeroes.zero(at, hidden_end - at, unmap=True, wait=True))  # type: ignore[misc]
+    if preallocation is not Preallocation.OFF:
+        at = cluster_end
+        while at < size_bytes:
+            at += alteration.transaction(lambda at=at: _allocate(state, at, size_bytes, preallocation))  # type: ignore[misc]
+
+
+def _zero_rest(state: State, zeroes: Zeroes, start: int, end: int, backing_bytes: int) -> None:
+    """Zeros from the end of the disk to that of its last cluster."""
+    cluster = align_down(start, state.geometry.cluster_bytes)
+    kind = next(iter(runs(state, cluster, 1, wait=True))).kind
+    if kind is not RunKind.ZERO and (kind is not RunKind.UNALLOCATED or backing_bytes > start):
+        zeroes.write(start, memoryview(bytes(end - start)), wait=True)
+
+
+def _unlink_behind(alteration: Alteration, size_bytes: int) -> None:
+    """Let the entries behind a disk of ``size_bytes`` lead nowhere: inside the last L2 table, then whole tables."""
+    state, zeroes = alteration.state, alteration.zeroes
+    assert zeroes is not None
+    geometry = state.geometry
+    at = align_up(size_bytes, geometry.cluster_bytes)
+    with state.lock:
+        # Whatever lies below, there is no disk here.
+        known_bytes, state.backing_bytes = state.backing_bytes, 0
+    table_end = align_up(at, geometry.l2_coverage_bytes)
+    while at < table_end and state.l2_offset(at >> geometry.l1_shift) is not None:
+        at += alteration.transaction(lambda at=at: zeroes.discard(at, table_end - at, wait=True))  # type: ignore[misc]
+    for index in range(table_end >> geometry.l1_shift, len(state.l1.entries)):
+        if state.l1.entries[index]:
+            alteration.transaction(lambda index=index: _drop_table(state, index))  # type: ignore[misc]
+    with state.lock:
+        state.backing_bytes = known_bytes
+
+
+def _drop_table(state: State, l1_index: int) -> None:
+    """Enter into the pending transaction: an L1 entry leads nowhere, its table and all that this leads to lose a reference."""
+    geometry = state.geometry
+    offset = state.l2_offset(l1_index)
+    if offset is None:
+        return
+    state.check_room()
+    for run in list(runs(state, l1_index << geometry.l1_shift, geometry.l2_coverage_bytes, wait=True)):
+        if run.kind is RunKind.COMPRESSED:
+            free_entry(state, run.kind, run.entry, discard=True)
+        elif run.host:
+            first = (run.entry & OFFSET_MASK) >> geometry.cluster_bits
+            state.pending.free(first, run.length_bytes >> geometry.cluster_bits, discard=True)
+    state.pending.set(state.l1, l1_index, 0)
+    state.pending.free(offset >> geometry.cluster_bits, table=True)
+    state.l2.forget(l1_index)
+
+
+def _allocate(state: State, at: int, size_bytes: int, preallocation: Preallocation) -> int:
+    """Give the clusters of a piece from ``at`` on their host clusters, which read as zeros; returns the bytes of it."""
+    geometry = state.geometry
+    l1_index = at >> geometry.l1_shift
+    end = min(align_up(size_bytes, geometry.cluster_bytes), l1_index + 1 << geometry.l1_shift, at + state.piece_bytes)
+    count = end - at >> geometry.cluster_bits
+    state.check_room()
+    home = LinkHome(state, l1_index, state.l2_table(l1_index, wait=True, cached=True), wait=True)
+    home.plan()
+    state.allocator.look_ahead(wait=True)
+    reserved = state.allocator.reserve(count + home.clusters, wait=True)
+    try:
+        if home.clusters:
+            home.take(reserved[0].first)
+        hosts = [cluster for run in reserved for cluster in range(run.first, run.first + run.clusters)][home.clusters :]
+        state.committer.data_written = True
+        for run in reserved:
+            _clear(state, run.first, run.clusters, run.hole, preallocation)
+    except BaseException:
+        state.allocator.give_back(reserved)
+        raise
+    table = home()
+    first = at >> geometry.cluster_bits & geometry.l2_entries - 1
+    for number, cluster in enumerate(hosts):
+        free_entry(state, RunKind.ZERO, table.entries[first + number], discard=False)
+        state.pending.set(table, first + number, cluster << geometry.cluster_bits | COPIED)
+        state.refcounts.increment(cluster)
+    return end - at
+
+
+def _clear(state: State, first: int, clusters: int, hole: bool, preallocation: Preallocation) -> None:
+    """Host clusters that nobody uses yet read as zeros, and lie inside the file."""
+    storage, bits = state.storage, state.geometry.cluster_bits
+    start, end = first << bits, first + clusters << bits
+    if preallocation is Preallocation.FULL:
+        for at in range(start, end, MIB):
+            storage.writev(at, (memoryview(_ZEROS)[: end - at],), "data.write")
+    elif not hole or preallocation is Preallocation.FALLOC:
+        storage.zero(start, end - start, "data.write")
+    elif end > storage.size():
+        storage.truncate(end, "data.write")
