@@ -27,7 +27,7 @@ def test_both_resize_in_turn(options: str, backed: bool, tmp_path: Path) -> None
     image, below, size = tmp_path / "image", tmp_path / "below", 3 << 20
     data = rng.randbytes(5 << 20)
     below.write_bytes(data)
-    named = ["-b", below, "-F", "raw"] if backed else []
+    named = ["-b", str(below), "-F", "raw"] if backed else []
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *named, image, str(size)])
     now = data[:size] if backed else bytes(size)
     for turn in range(6):
@@ -71,10 +71,11 @@ def test_the_words_are_qemus(words: list[str], tmp_path: Path) -> None:
     *options, size = words
     separate, options = (["--"], options[:-1]) if options[-1:] == ["--"] else ([], options)
     told = []
-    for program in (lambda *a: run(["qemu-img", *a], check=False), lambda *a: run_cowfence(*a, check=False)):
+    for program in ("qemu-img", "cowfence"):
         image = tmp_path / "image"
         run(["qemu-img", "create", "-q", "-f", "qcow2", image, "10M"])
-        done = program("resize", *options, *separate, image, size)
+        given = ["resize", *options, *separate, str(image), size]
+        done = run([program, *given], check=False) if program == "qemu-img" else run_cowfence(*given, check=False)
         told.append((done.returncode, done.stdout, [line.split(": ")[-1] for line in done.stderr.splitlines()][:1]))
         image.unlink()
     assert told[0] == told[1]

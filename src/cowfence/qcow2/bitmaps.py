@@ -155,8 +155,8 @@ class Bitmaps:
         self._state.record = self.mark if self._recording else None
 
     def mark(self, offset: int, length_bytes: int) -> None:
-        """Guest data changes here. Called under the lock. What lies behind the end of the disk (an alteration may work there) is
-        no data."""
+        """Guest data changes here. Called under the lock. What lies behind the disk's end (an alteration may work there) is no
+        data."""
         length_bytes = min(length_bytes, self._state.size - offset)
         for bits in self._recording:
             bits.mark(offset, length_bytes)

@@ -4,18 +4,18 @@ What lies behind the end of a disk must never show when it grows: neither what a
 rest of its last cluster, nor a longer backing file. So growing first makes all that zeros, durably, and the size comes last;
 shrinking takes the size first, and only what nobody can reach any more is freed. Each line is a transaction or several:
 
-=========  ==================================================================  ==================================================
-operation  transactions                                                        a crash after each
-=========  ==================================================================  ==================================================
-grow       1 LINK     a longer L1 table, where one is needed                   the disk is as it was
-           2 LINK     entries behind the end lead nowhere; RECLAIM frees       the same
-           3 data     zeros in the rest of the last cluster                    the same: nobody reads it
-           4 LINK     zero clusters where the backing file is longer           the same
-           5 LINK     clusters allocated ahead, where that is asked for        the same; growing again frees them first
-           6 LINK     the size, in sector 0                                    the disk is longer
-shrink     1 LINK     the size, in sector 0                                    the disk is shorter; entries behind its end
-           2 LINK     these entries lead nowhere; RECLAIM frees                the disk is shorter
-=========  ==================================================================  ==================================================
+=========  =================================================================  ==================================================
+operation  transactions                                                       a crash after each
+=========  =================================================================  ==================================================
+grow       1 LINK     a longer L1 table, where one is needed                  the disk is as it was
+           2 LINK     entries behind the end lead nowhere; RECLAIM frees      the same
+           3 data     zeros in the rest of the last cluster                   the same: nobody reads it
+           4 LINK     zero clusters where the backing file is longer          the same
+           5 LINK     clusters allocated ahead, where that is asked for       the same; growing again frees them first
+           6 LINK     the size, in sector 0                                   the disk is longer
+shrink     1 LINK     the size, in sector 0                                   the disk is shorter; entries behind its end
+           2 LINK     these entries lead nowhere; RECLAIM frees               the disk is shorter
+=========  =================================================================  ==================================================
 
 The L1 table keeps its length when the disk shrinks. Entries behind the end can also be the saved state of a machine that came
 with an applied snapshot; the snapshot keeps it.

@@ -242,8 +242,8 @@ class LinkHome:
 
 
 def grow_l1(state: State, *, wait: bool, size_bytes: int | None = None) -> None:
-    """Make the L1 table as long as the disk's size asks for (an image may come with a shorter one), or a disk of ``size_bytes``,
-    in the pending transaction.
+    """Make the L1 table as long as the disk's size (or ``size_bytes``) asks for, in the pending transaction: an image may come
+    with a shorter one.
 
     PREPARE: a longer copy in fresh clusters. LINK: the header's L1 fields, one write inside sector 0. RECLAIM: the old table.
     """
