@@ -103,6 +103,8 @@ def alter(
         state.committer.commit()
         with state.lock:
             check()
+            # Tables may have moved since the image was opened.
+            reassemble(state)
             notes, state.pending.notes = state.pending.notes, None
         try:
             result = body(Alteration(state, plans, bitmaps, zeroes))

@@ -15,11 +15,12 @@ chain, where readers end their search.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Final, NamedTuple
 
 from cowfence.errors import Unsupported
 from cowfence.qcow2.extensions import END_BYTES, Extension, ExtensionType, encode_chain
-from cowfence.qcow2.header import Header, encode_fields
+from cowfence.qcow2.header import Header, encode_fields, parse_header
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Stage
@@ -43,14 +44,23 @@ class Plan(NamedTuple):
 
 
 def switch_header(state: State, wanted: Header) -> None:
-    """Enter into the pending transaction of an alteration what makes the header ``wanted``: the current one with other values
+    """Enter into the pending transaction of an alteration what differs between ``state.header`` and ``wanted``
     (``dataclasses.replace(state.header, ...)``).
 
-    Raises Unsupported where the first cluster has no room for it, and the storage's errors; then nothing was entered.
+    All else stays as it is on disk: since the state was read, the refcount table or the L1 table may have grown into another
+    place, for the reservation of this very plan too. Raises Unsupported where the first cluster has no room for it, and the
+    storage's errors; then nothing was entered.
     """
+    assert all(change.kind is not Kind.HEADER for change in state.pending.loose), "one change of the header at a time"
     area = bytearray(state.geometry.cluster_bytes)
     state.storage.readv(0, (area,))
-    plan = plan_header(bytes(area), state.header, wanted, state.storage.name)
+    now = parse_header(bytes(area), state.storage.name)
+    changed = {
+        field.name: getattr(wanted, field.name)
+        for field in fields(Header)
+        if getattr(wanted, field.name) != getattr(state.header, field.name)
+    }
+    plan = plan_header(bytes(area), now, replace(now, **changed), state.storage.name)
     for offset, data in plan.prepare:
         state.pending.put(Stage.PREPARE, offset, data, "header.new", Kind.HEADER)
     state.pending.patch_header(0, plan.sector, "header.link")
