@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, overload
 
 from cowfence.disk.base import Disk
-from cowfence.disk.opener import OpenFile, Place, Refs, printable
+from cowfence.disk.opener import Identity, OpenFile, Place, Refs, printable
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Refused, Unsupported
 from cowfence.qcow2.describe import probe
@@ -173,6 +173,20 @@ class _Way:
     lock: bool
     force_share: bool
     assume_format: str | None
+    target: _Target | None = None
+
+
+@dataclass(slots=True)
+class _Target:
+    """The backing file that is opened for writing. ``identity``: None for the first one."""
+
+    identity: Identity | None
+    disk: Qcow2Disk | RawDisk | None = None
+
+    def is_at(self, place: Place) -> bool:
+        if self.disk is not None:
+            return False
+        return place.depth == 1 if self.identity is None else place.chain[-1] == self.identity
 
 
 def _open_qcow2(
@@ -200,26 +214,105 @@ def _open_qcow2(
         raise
 
 
-def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Disk:
+def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Qcow2Disk | RawDisk:
     opened = way.refs.follow(reference, place)
-    storage = lock_reference(opened, lock=way.lock, force_share=way.force_share)
+    writable = way.target is not None and way.target.is_at(opened.place)
+    if writable:
+        os.close(opened.fd)
+        opened = way.refs.follow(reference, place, writable=True)
+    storage = lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
     try:
-        if format_name == "raw":
-            return RawDisk(storage)
-        return _open_qcow2(storage, opened.place, way, writable=False)
+        disk = RawDisk(storage) if format_name == "raw" else _open_qcow2(storage, opened.place, way, writable=writable)
     except BaseException:
         storage.close()
         raise
+    if writable and way.target is not None:
+        way.target.disk = disk
+    return disk
 
 
-def lock_reference(opened: OpenFile, *, name: str | None = None, lock: bool, force_share: bool) -> FileStorage:
-    """The storage of a file that the policy opened, locked as a reader. Takes the descriptor over, also when it fails."""
+def open_backing(
+    image: Qcow2Disk,
+    path: str | os.PathLike[str],
+    reference: str,
+    format_name: str,
+    *,
+    refs: Refs | None = None,
+    assume_backing_format: str | None = None,
+) -> Qcow2Disk | RawDisk:
+    """Open ``reference`` as what the open image at ``path`` would stand over, and what it names in turn.
+
+    ``refs``: default: trusted, because the caller names it. Raises as ``open_chain`` does.
+    """
+    check_format(format_name, printable(reference))
+    storage = image.storage
+    assert isinstance(storage, FileStorage)
+    way = _Way(
+        refs=refs or Refs.trust_all(),
+        options=Options(),
+        lock=True,
+        force_share=False,
+        assume_format=assume_backing_format,
+    )
+    place = Place.of_top(storage.fileno(), path, printable(os.fspath(path)))
+    return _open_backing(reference, "raw" if format_name == "raw" else "qcow2", place, way)
+
+
+def open_for_commit(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    refs: Refs | None = None,
+    assume_backing_format: str | None = None,
+) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
+    """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
+
+    The disk of the image owns all of them. Raises Invalid where there is no such backing file, and as ``open_chain`` does.
+    """
+    name = printable(os.fspath(path))
+    identity: Identity | None = None
+    if base is not None:
+        try:
+            found = os.stat(base)
+        except OSError:
+            found = None
+        if found is None:
+            raise Invalid(f"Did not find '{printable(os.fspath(base))}' in the backing chain of '{name}'")
+        identity = (found.st_dev, found.st_ino)
+    target = _Target(identity)
+    storage = FileStorage.open(path, writable=True)
+    try:
+        way = _Way(
+            refs=Refs.beside(path) if refs is None else refs,
+            options=Options(commit_interval=None),
+            lock=True,
+            force_share=False,
+            assume_format=assume_backing_format,
+            target=target,
+        )
+        disk = _open_qcow2(storage, Place.of_top(storage.fileno(), path, name), way, writable=True)
+    except BaseException:
+        storage.close()
+        raise
+    if target.disk is None:
+        disk.close()
+        if base is None:
+            raise Invalid("Image does not have a backing file")
+        raise Invalid(f"Did not find '{printable(os.fspath(base))}' in the backing chain of '{name}'")
+    return disk, target.disk
+
+
+def lock_reference(
+    opened: OpenFile, *, name: str | None = None, lock: bool, force_share: bool, writable: bool = False
+) -> FileStorage:
+    """The storage of a file that the policy opened, locked as a reader, or as a writer. Takes the descriptor over, also when it
+    fails."""
     held: ImageLock | None = None
     shown = opened.name if name is None else name
     try:
         if lock:
-            held = ImageLock.acquire(opened.fd, shown, writable=False, force_share=force_share)
-        return FileStorage.from_fd(opened.fd, shown, writable=False, lock=held)
+            held = ImageLock.acquire(opened.fd, shown, writable=writable, force_share=force_share)
+        return FileStorage.from_fd(opened.fd, shown, writable=writable, lock=held)
     except BaseException:
         if held is not None:
             # Closing is not enough: a descriptor that the caller provided shares the lock with the one that he keeps.

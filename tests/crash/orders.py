@@ -479,7 +479,6 @@ MUTANTS = [
 ]
 
 WAITING = {
-    "M21": "header rewrite",
     "M24": "data file",
 }
 """Broken orders of operations that the engine does not have yet."""

@@ -27,7 +27,7 @@ def test_both_resize_in_turn(options: str, backed: bool, tmp_path: Path) -> None
     image, below, size = tmp_path / "image", tmp_path / "below", 3 << 20
     data = rng.randbytes(5 << 20)
     below.write_bytes(data)
-    named = ["-b", str(below), "-F", "raw"] if backed else []
+    named: list[str | Path] = ["-b", below, "-F", "raw"] if backed else []
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *named, image, str(size)])
     now = data[:size] if backed else bytes(size)
     for turn in range(6):
@@ -71,11 +71,11 @@ def test_the_words_are_qemus(words: list[str], tmp_path: Path) -> None:
     *options, size = words
     separate, options = (["--"], options[:-1]) if options[-1:] == ["--"] else ([], options)
     told = []
-    for program in ("qemu-img", "cowfence"):
+    for is_qemu in (True, False):
         image = tmp_path / "image"
         run(["qemu-img", "create", "-q", "-f", "qcow2", image, "10M"])
-        given = ["resize", *options, *separate, str(image), size]
-        done = run([program, *given], check=False) if program == "qemu-img" else run_cowfence(*given, check=False)
+        command: list[str | Path] = ["resize", *options, *separate, image, size]
+        done = run(["qemu-img", *command], check=False) if is_qemu else run_cowfence(*command, check=False)
         told.append((done.returncode, done.stdout, [line.split(": ")[-1] for line in done.stderr.splitlines()][:1]))
         image.unlink()
     assert told[0] == told[1]

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.main import add_output_option, print_json
+from cowfence.cli.progress import shown
 
 if TYPE_CHECKING:
     from cowfence.ops.check import CheckResult
@@ -41,21 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
     if mode is not None and arguments.force_share:
         print("cowfence: an image that another process may write to cannot be repaired (-r with -U)", file=sys.stderr)
         return 1
-    shows_progress = arguments.progress and not arguments.quiet
     try:
-        result = check(
-            arguments.image,
-            format=arguments.format,
-            repair=mode,
-            force_share=arguments.force_share,
-            progress=_show_progress if shows_progress else None,
-        )
+        with shown(arguments.progress and not arguments.quiet) as progress:
+            result = check(
+                arguments.image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress
+            )
     except NoCheck as error:
         print(f"cowfence: {_one_line(str(error))}", file=sys.stderr)
         return EXIT_NO_CHECK
-    finally:
-        if shows_progress:
-            print()
     for finding in result.findings:
         print(f"{finding.grade.value}: {_one_line(str(finding))}", file=sys.stderr)
     for line in _left_out(result.report):
@@ -73,10 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _one_line(text: str) -> str:
     """Text with names out of an image in it, on one line that steers no terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _show_progress(done: float) -> None:
-    print(f"    ({done * 100:.2f}/100%)", end="\r", flush=True)
 
 
 def _left_out(report: Report) -> list[str]:

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
 
 COMMANDS: Final[dict[str, str]] = {
+    "amend": "change the version, the refcounts or the size of an image",
     "bitmap": "change persistent dirty bitmaps, or list what one recorded",
     "check": "check an image, and repair it",
+    "commit": "write an image's changes into its backing file",
     "convert": "convert a disk into a new image",
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",
     "info": "describe an image",
     "map": "show where the bytes of a disk stand",
+    "rebase": "put an image over another backing file",
     "resize": "make a disk longer or shorter",
     "serve": "serve a disk over NBD",
     "snapshot": "list, create, apply or delete internal snapshots",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cowfence.crash.explore import Model, Verdicts, Violation, Walk
-from cowfence.crash.images import IMAGE, ImageSpec, build, parse_image
+from cowfence.crash.images import BACKING, IMAGE, ImageSpec, build, parse_image
 from cowfence.crash.judge import Judge
 from cowfence.crash.kept import KeptWalk
 from cowfence.crash.kill import KillModel
@@ -143,14 +143,16 @@ def _nested(case: Case, first: Recording) -> Recording:
             list(device.done(position, entry.position, operation, failed=entry.failed))
         elif not isinstance(entry, Note):
             list(device.issue(position, entry))
-    content = next(iter(device.settle())).contents()[IMAGE]
+    contents = next(iter(device.settle())).contents()
     # A call in flight when the process was killed has run to its end, or not at all; the walk has both.
     log = OpLog()
     for entry in entries:
         log.append(entry)
     run = Run(case.image)
     run.log = log
-    run.memory = MemoryStorage(content, name=IMAGE)
+    run.memory = MemoryStorage(contents[IMAGE], name=IMAGE)
+    if BACKING in contents:
+        run.below = MemoryStorage(contents[BACKING], name=BACKING)
     run.take_over(first.journals, case.nested.position)
     run.kill(repair_leaks=case.nested.repair)
     for step in _AFTERWARDS:

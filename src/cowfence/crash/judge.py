@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from cowfence.crash.device import CrashState, Unit
-from cowfence.crash.structure import Structure, inspect
+from cowfence.crash.structure import Finding, Structure, inspect
 from cowfence.disk.base import Disk
 from cowfence.errors import CowfenceError
 from cowfence.extents import Extent
@@ -25,6 +25,8 @@ from cowfence.qcow2.repair import Mode, repair
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.storage.memory import MemoryStorage
 from cowfence.units import SECTOR_BYTES
+
+_MAGIC: Final = b"QFI\xfb"
 
 
 class Subject(Protocol):
@@ -184,6 +186,10 @@ class Judge:
 
         reading = files(writable=False)
         seen.structure = inspect(contents[subject.image], reading[subject.image].touch)
+        for file, content in contents.items():
+            if file != subject.image and content.startswith(_MAGIC):
+                found = inspect(content, reading[file].touch).findings
+                seen.structure.findings += [Finding(f"{file}: {finding.text}") for finding in found]
         # Decided by what was read so far, so that every state that shares this part of the way agrees.
         passing = self._passing(seen.structure, set(order))
         try:

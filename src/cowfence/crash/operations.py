@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.crash.structure import active_digest
 from cowfence.disk.base import Request, Verb
+from cowfence.disk.raw import RawDisk
 from cowfence.errors import CowfenceError, Invalid
+from cowfence.ops.amend import Amendment, amend_disk
+from cowfence.ops.commit import commit_disk
+from cowfence.ops.rebase import rebase_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
+from cowfence.qcow2.header import Compatible
+from cowfence.qcow2.image import Qcow2Disk
 from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -133,7 +139,7 @@ def _flush(run: Run, step: Step) -> None:  # noqa: ARG001
 
 @operation("bitmap_add")
 def _bitmap_add(run: Run, step: Step) -> None:  # noqa: ARG001
-    if run.spec.version >= 3:
+    if run.disk.header.version >= 3:
         name = f"bitmap{sum(1 for _ in run.disk.bitmaps)}"
         with run.cleaning(name):
             run.disk.bitmaps.add(name, granularity_bytes=512)
@@ -257,7 +263,7 @@ def _half(size: int) -> int:
 
 def _resize(run: Run, size_bytes: int, *, preallocation: str = "off") -> None:
     """What is left of the disk stays, and what is new reads as zeros. Version 2 with snapshots refuses it."""
-    if run.spec.version < 3 and run.disk.header.snapshot_count:
+    if run.disk.header.version < 3 and run.disk.header.snapshot_count:
         return
     content = run.guest_content()[:size_bytes].ljust(size_bytes, b"\0")
     with run.altering(content) as facts:
@@ -270,3 +276,58 @@ def _resize(run: Run, size_bytes: int, *, preallocation: str = "off") -> None:
             run.disk.flush()
     refused = facts.after["size"] == facts.before["size"]
     assert refused or facts.after["size"] == size_bytes, "the size is what was asked for"
+
+
+@operation("rebase")
+def _rebase(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Away from its backing file, and back over it by another name. With snapshots it is refused."""
+    if run.below is None or run.disk.header.snapshot_count:
+        return
+    with run.altering():
+        if run.disk.header.backing_name is not None:
+            rebase_disk(run.disk, None, None, None)
+        else:
+            rebase_disk(run.disk, "another", run.spec.backing, run.open_below())
+
+
+@operation("commit")
+def _commit(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Into the backing file, which is open for writing just as long. With snapshots it is refused."""
+    if run.disk.header.backing_name is None or run.disk.header.snapshot_count:
+        return
+    with run.flushing():
+        run.disk.close()
+    run.open_again(writable_below=True)
+    base = run.disk.backing
+    assert isinstance(base, RawDisk | Qcow2Disk)
+    with run.altering():
+        commit_disk(run.disk, base)
+    with run.flushing():
+        run.disk.close()
+    run.open_again()
+
+
+@operation("amend_refcounts")
+def _amend_refcounts(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Wider and narrower. Version 2 has one width only."""
+    header = run.disk.header
+    if header.version >= 3:
+        with run.altering():
+            amend_disk(run.disk, Amendment(refcount_bits={16: 8, 8: 16}.get(1 << header.refcount_order, 16)))
+
+
+@operation("amend_version")
+def _amend_version(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Back and forth, where version 2 can hold the image."""
+    header = run.disk.header
+    if header.version < 3 or not (header.snapshot_count or header.bitmaps):
+        with run.altering():
+            amend_disk(run.disk, Amendment(version=5 - header.version))
+
+
+@operation("amend_lazy")
+def _amend_lazy(run: Run, step: Step) -> None:  # noqa: ARG001
+    header = run.disk.header
+    if header.version >= 3:
+        with run.altering():
+            amend_disk(run.disk, Amendment(lazy_refcounts=not header.compatible & Compatible.LAZY_REFCOUNTS))

@@ -18,7 +18,8 @@ from cowfence.crash.structure import inspect
 from cowfence.disk.base import BLOCKED, Disk
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import CowfenceError, Invalid, WouldBlock
-from cowfence.qcow2.image import Qcow2Disk, open_image
+from cowfence.qcow2.header import read_header
+from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.repair import Mode, repair
 from cowfence.qcow2.replay import replay
@@ -54,9 +55,8 @@ class EngineSubject:
         self, files: Mapping[str, Storage], *, writable: bool, journal: Journal | None = None, snapshot: str | None = None
     ) -> Qcow2Disk:
         backing: Disk | None = None
-        if BACKING in files:
-            plain = RawDisk if self.spec.backing == "raw" else _open_backing
-            backing = plain(files[BACKING])
+        if BACKING in files and read_header(files[self.image]).backing_name is not None:
+            backing = self.open_backing(files[BACKING])
         return open_image(
             files[IMAGE],
             backing=backing,
@@ -66,9 +66,11 @@ class EngineSubject:
             snapshot=snapshot,
         )
 
-
-def _open_backing(storage: Storage) -> Disk:
-    return open_image(storage, backing=None, writable=False)
+    def open_backing(self, storage: Storage) -> RawDisk | Qcow2Disk:
+        """The file below, as a disk: for writing, too, where its storage is writable."""
+        if self.spec.backing == "raw":
+            return RawDisk(storage)
+        return open_image(storage, backing=None, writable=storage.writable, options=Options(commit_interval=None))
 
 
 @dataclass(slots=True)
@@ -119,6 +121,7 @@ class Run:
         self._journal: Journal | None = None
         self.journals: dict[int, bytes] = {}
         self.memory = MemoryStorage(self.built.files[IMAGE], name=IMAGE)
+        self.below = MemoryStorage(self.built.files[BACKING], name=BACKING) if BACKING in self.built.files else None
         # The calls that fail are counted from here on: an image that does not even open is no case.
         nth, self._plan.nth = self._plan.nth, None
         self.disk: Qcow2Disk = self._open()
@@ -132,10 +135,10 @@ class Run:
 
     # Opening
 
-    def _open(self) -> Qcow2Disk:
+    def _open(self, *, writable_below: bool = False) -> Qcow2Disk:
         files: dict[str, Storage] = {IMAGE: self._watched()}
-        if BACKING in self.built.files:
-            files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
+        if self.below is not None:
+            files[BACKING] = self.watched_below() if writable_below else self._below_as_it_is()
         self._opening = True
         journal = Journal.new(bytearray(_JOURNAL_BYTES), observe=self._observe) if self.spec.keeper else None
         try:
@@ -155,6 +158,20 @@ class Run:
         watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)
         return _Cold(watched) if self.spec.cold else watched
 
+    def _below_as_it_is(self) -> MemoryStorage:
+        """The backing file as it stands in the page cache, for reading."""
+        assert self.below is not None
+        return MemoryStorage(self.below.snapshot(), name=BACKING, writable=False)
+
+    def watched_below(self) -> Storage:
+        """The backing file for writing, its calls recorded."""
+        self.below = MemoryStorage(self._below_as_it_is().snapshot(), name=BACKING)
+        return FaultyStorage(RecordingStorage(self.below, self.log, BACKING), self._plan)
+
+    def open_below(self) -> Disk:
+        """The backing file as a disk, for reading."""
+        return self.subject.open_backing(self._below_as_it_is())
+
     def guest_content(self) -> bytes:
         """What the guest reads now; nobody does anything meanwhile."""
         self._opening = True
@@ -169,16 +186,16 @@ class Run:
 
     def _read_plainly(self, content: bytes, snapshot: str | None = None) -> bytes:
         files: dict[str, Storage] = {IMAGE: MemoryStorage(content, name=IMAGE, writable=False)}
-        if BACKING in self.built.files:
-            files[BACKING] = MemoryStorage(self.built.files[BACKING], name=BACKING, writable=False)
+        if self.below is not None:
+            files[BACKING] = self._below_as_it_is()
         disk = self.subject.open(files, writable=False, snapshot=snapshot)
         return disk.read(0, disk.size)
 
-    def open_again(self) -> None:
-        """After a close: the same file, in a new process."""
+    def open_again(self, *, writable_below: bool = False) -> None:
+        """After a close: the same file, in a new process. ``writable_below``: for a commit."""
         self._journal = None
         self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
-        self.disk = self._open()
+        self.disk = self._open(writable_below=writable_below)
 
     def kill(self, *, repair_leaks: bool = False) -> None:
         """What the process wrote stands in the page cache, and is not durable. A plan of faults has had its time."""

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cowfence.errors import CowfenceError, ReadOnly
 from cowfence.qcow2.assemble import reassemble
+from cowfence.qcow2.header import read_header
+from cowfence.qcow2.mapping import runs
 from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.state import State
 
@@ -43,8 +45,9 @@ class Alteration:
 
     def transaction(self, plan: Callable[[], T]) -> T:
         """Carry out ``plan`` under the lock, and commit what it entered. It may begin several times, so it changes nothing
-        before it has reserved all that it needs."""
-        result = self._plans.run(lambda _: plan(), lambda: None)
+        before it has reserved all that it needs. It takes the header from the state: that is the one on disk each time it
+        begins, for a table may have grown."""
+        result = self._plans.run(lambda _: plan(), lambda: refresh_header(self.state))
         self.state.committer.commit()
         return result
 
@@ -66,6 +69,15 @@ class Alteration:
             self._bitmaps.resized()
             if self.state.size > old_size_bytes:
                 self._bitmaps.mark(old_size_bytes, self.state.size - old_size_bytes)
+
+    def read(self, offset: int, length_bytes: int) -> bytearray:
+        """What the guest would read; it waits at the gate meanwhile."""
+        assert self.zeroes is not None
+        buffer, state = bytearray(length_bytes), self.state
+        with state.lock:
+            plan = list(runs(state, offset, length_bytes, wait=True))
+            self.zeroes.reads.fill(plan, offset, memoryview(buffer), wait=True)
+        return buffer
 
     def read_again(self) -> None:
         """Between two transactions: what follows is planned from what is on disk now."""
@@ -103,8 +115,7 @@ def alter(
         state.committer.commit()
         with state.lock:
             check()
-            # Tables may have moved since the image was opened.
-            reassemble(state)
+            refresh_header(state)
             notes, state.pending.notes = state.pending.notes, None
         try:
             result = body(Alteration(state, plans, bitmaps, zeroes))
@@ -121,6 +132,11 @@ def alter(
     finally:
         with state.lock:
             plans.open_gate()
+
+
+def refresh_header(state: State) -> None:
+    """The state's header is the one on disk: where guests, or a plan that began again, made tables grow, theirs moved."""
+    state.header = read_header(state.storage)
 
 
 def _give_up(state: State) -> None:

@@ -155,8 +155,8 @@ class Bitmaps:
         self._state.record = self.mark if self._recording else None
 
     def mark(self, offset: int, length_bytes: int) -> None:
-        """Guest data changes here. Called under the lock. What lies behind the disk's end (an alteration may work there) is no
-        data."""
+        """Guest data changes here. Called under the lock. Behind the end of the disk, where an alteration may work, there is
+        none."""
         length_bytes = min(length_bytes, self._state.size - offset)
         for bits in self._recording:
             bits.mark(offset, length_bytes)
@@ -352,7 +352,7 @@ def _enter(state: State, entries: Sequence[BitmapEntry], payloads: Sequence[_Pay
     pointer = BitmapsPointer(len(placed), directory_bytes, first << bits) if placed else None
     if pointer is not None:
         puts.append((first << bits, encode_bitmap_directory(placed).ljust(directory_clusters << bits, b"\0")))
-    switch_header(state, _with_pointer(header, pointer))
+    switch_header(state, lambda now: _with_pointer(now, pointer))
     # From here on nothing fails.
     if total:
         state.layout.claim_new(first << bits, total, Kind.BITMAPS)

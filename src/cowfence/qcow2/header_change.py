@@ -14,8 +14,7 @@ chain, where readers end their search.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from cowfence.errors import Unsupported
@@ -43,24 +42,19 @@ class Plan(NamedTuple):
     sector: bytes
 
 
-def switch_header(state: State, wanted: Header) -> None:
-    """Enter into the pending transaction of an alteration what differs between ``state.header`` and ``wanted``
-    (``dataclasses.replace(state.header, ...)``).
+def switch_header(state: State, change: Callable[[Header], Header]) -> None:
+    """Enter into the pending transaction of an alteration what makes the header ``change(header)``; that gets the header as it
+    is on disk now, and gives it back with other values (``dataclasses.replace``).
 
-    All else stays as it is on disk: since the state was read, the refcount table or the L1 table may have grown into another
-    place, for the reservation of this very plan too. Raises Unsupported where the first cluster has no room for it, and the
-    storage's errors; then nothing was entered.
+    A header remembered from before will not do: the refcount table may have grown into another place since, for the
+    reservation of this very plan too. Raises Unsupported where the first cluster has no room for it, and the storage's errors;
+    then nothing was entered.
     """
-    assert all(change.kind is not Kind.HEADER for change in state.pending.loose), "one change of the header at a time"
+    assert all(entry.kind is not Kind.HEADER for entry in state.pending.loose), "one change of the header at a time"
     area = bytearray(state.geometry.cluster_bytes)
     state.storage.readv(0, (area,))
     now = parse_header(bytes(area), state.storage.name)
-    changed = {
-        field.name: getattr(wanted, field.name)
-        for field in fields(Header)
-        if getattr(wanted, field.name) != getattr(state.header, field.name)
-    }
-    plan = plan_header(bytes(area), now, replace(now, **changed), state.storage.name)
+    plan = plan_header(bytes(area), now, change(now), state.storage.name)
     for offset, data in plan.prepare:
         state.pending.put(Stage.PREPARE, offset, data, "header.new", Kind.HEADER)
     state.pending.patch_header(0, plan.sector, "header.link")

@@ -4,7 +4,6 @@ What lies behind the end of a disk must never show when it grows: neither what a
 rest of its last cluster, nor a longer backing file. So growing first makes all that zeros, durably, and the size comes last;
 shrinking takes the size first, and only what nobody can reach any more is freed. Each line is a transaction or several:
 
-=========  =================================================================  ==================================================
 operation  transactions                                                       a crash after each
 =========  =================================================================  ==================================================
 grow       1 LINK     a longer L1 table, where one is needed                  the disk is as it was
@@ -16,6 +15,19 @@ grow       1 LINK     a longer L1 table, where one is needed                  th
 shrink     1 LINK     the size, in sector 0                                   the disk is shorter; entries behind its end
            2 LINK     these entries lead nowhere; RECLAIM frees               the disk is shorter
 =========  =================================================================  ==================================================
+=======
+=========  ==================================================================  =================================================
+operation  transactions                                                        a crash after each
+=========  ==================================================================  =================================================
+grow       1 LINK     a longer L1 table, where one is needed                   the disk is as it was
+           2 LINK     entries behind the end lead nowhere; RECLAIM frees       the same
+           3 data     zeros in the rest of the last cluster                    the same: nobody reads it
+           4 LINK     zero clusters where the backing file is longer           the same
+           5 LINK     clusters allocated ahead, where that is asked for        the same; growing again frees them first
+           6 LINK     the size, in sector 0                                    the disk is longer
+shrink     1 LINK     the size, in sector 0                                    the disk is shorter; entries behind its end
+           2 LINK     these entries lead nowhere; RECLAIM frees                the disk is shorter
+=========  ==================================================================  =================================================
 
 The L1 table keeps its length when the disk shrinks. Entries behind the end can also be the saved state of a machine that came
 with an applied snapshot; the snapshot keeps it.
@@ -69,7 +81,7 @@ def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation
     alteration.transaction(lambda: state.pending.patch_header(*size_patch(size_bytes), "header.link"))
     alteration.read_again()
     if size_bytes < old_bytes:
-        _unlink_behind(alteration, size_bytes)
+        unlink_behind(alteration, size_bytes)
     alteration.after_resize(old_bytes)
 
 
@@ -91,7 +103,7 @@ def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Prea
     old_bytes = state.size
     if geometry.l1_entries_for(size_bytes) > len(state.l1.entries):
         alteration.transaction(lambda: grow_l1(state, wait=True, size_bytes=size_bytes))
-    _unlink_behind(alteration, old_bytes)
+    unlink_behind(alteration, old_bytes)
     backing_bytes = state.backing.size if state.backing is not None else 0
     cluster_end = align_up(old_bytes, geometry.cluster_bytes)
     if cluster_end > old_bytes:
@@ -118,7 +130,7 @@ def _zero_rest(state: State, zeroes: Zeroes, start: int, end: int, backing_bytes
         zeroes.write(start, memoryview(bytes(end - start)), wait=True)
 
 
-def _unlink_behind(alteration: Alteration, size_bytes: int) -> None:
+def unlink_behind(alteration: Alteration, size_bytes: int) -> None:
     """Let the entries behind a disk of ``size_bytes`` lead nowhere: inside the last L2 table, then whole tables."""
     state, zeroes = alteration.state, alteration.zeroes
     assert zeroes is not None

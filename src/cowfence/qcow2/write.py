@@ -48,7 +48,7 @@ class Writes:
 
     def __init__(self, state: State, reads: Reads) -> None:
         self._state = state
-        self._reads = reads
+        self.reads = reads
 
     def write(self, offset: int, data: memoryview, *, wait: bool) -> int:
         """Write as much of ``data`` at ``offset`` as one L2 table maps; returns how many bytes that was.
@@ -169,7 +169,7 @@ class Writes:
         """Head or tail of a new cluster: what the guest did not rewrite. None where nothing needs to be written."""
         if not length_bytes:
             return None
-        kept = self._reads.source(kind, entry, offset, length_bytes, wait=wait)
+        kept = self.reads.source(kind, entry, offset, length_bytes, wait=wait)
         if kept is None and not hole:
             return bytes(length_bytes)
         return kept
@@ -242,8 +242,8 @@ class LinkHome:
 
 
 def grow_l1(state: State, *, wait: bool, size_bytes: int | None = None) -> None:
-    """Make the L1 table as long as the disk's size (or ``size_bytes``) asks for, in the pending transaction: an image may come
-    with a shorter one.
+    """Make the L1 table as long as the disk's size asks for (an image may come with a shorter one), or a disk of
+    ``size_bytes``, in the pending transaction.
 
     PREPARE: a longer copy in fresh clusters. LINK: the header's L1 fields, one write inside sector 0. RECLAIM: the old table.
     """

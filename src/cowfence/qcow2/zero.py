@@ -23,6 +23,7 @@ class Zeroes:
     def __init__(self, state: State, writes: Writes) -> None:
         self._state = state
         self._writes = writes
+        self.reads = writes.reads
 
     def write(self, offset: int, data: memoryview, *, wait: bool) -> int:
         """See ``Writes.write``."""
@@ -53,6 +54,25 @@ class Zeroes:
             self._clusters(offset, geometry.cluster_bytes, unmap=True, discard=True, wait=wait)
             return length_bytes
         return self._clusters(offset, length_bytes & ~geometry.cluster_mask, unmap=True, discard=True, wait=wait)
+
+    def forget(self, offset: int, length_bytes: int, *, wait: bool) -> int:
+        """Zero clusters, which must read as zeros below, become unallocated: for version 2, which has none. A piece of the
+        range, whole clusters."""
+        state = self._state
+        geometry = state.geometry
+        l1_index = offset >> geometry.l1_shift
+        length_bytes = min(length_bytes, ((l1_index + 1) << geometry.l1_shift) - offset, state.piece_bytes)
+        table = state.l2_table(l1_index, wait=wait, cached=True)
+        first = offset >> geometry.cluster_bits & geometry.l2_entries - 1
+        clusters = range(first, first + (length_bytes >> geometry.cluster_bits))
+        entries = [table.entries[at] if table is not None else 0 for at in clusters]
+        self._enter(
+            l1_index,
+            [(at, 0, RunKind.ZERO, entry) for at, entry in zip(clusters, entries, strict=True) if entry],
+            discard=False,
+            wait=wait,
+        )
+        return length_bytes
 
     def _zero_part(self, offset: int, length_bytes: int, *, wait: bool) -> int:
         """Zeros inside one cluster: nothing to do where it reads as zeros, else data."""

@@ -1,0 +1,43 @@
+"""``cowfence commit``: write an image's changes into its backing file, with the options and words of ``qemu-img commit``."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfence.cli.formats import source_format
+from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.progress import shown
+from cowfence.errors import Invalid
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("-b", dest="base", metavar="FILE", help="the backing file to write to (default: the first); implies -d")
+    parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the image afterwards")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_output_option(parser)
+    add_reference_options(parser)
+    parser.add_argument("image")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cowfence.ops.commit import commit
+
+    image = arguments.image
+    if source_format(arguments, image) != "qcow2":
+        raise Invalid("Image does not have a backing file")
+    with shown(arguments.progress and not arguments.quiet) as progress:
+        done = commit(
+            image,
+            base=arguments.base,
+            keep=arguments.keep,
+            refs=references(arguments, image),
+            assume_backing_format=arguments.assume_backing_format,
+            progress=progress,
+        )
+    if arguments.output == "json":
+        print_json(done.to_dict())
+    elif not arguments.quiet:
+        print("Image committed.")
+    return 0
