@@ -59,7 +59,7 @@ SIZE_CASES = {
     for name, text in {
         "shrink": "v3,c512,r16,t64,aged | shrink flush",
         "shrink-and-grow": "v3,c4096,r16,t64,aged,qcow2 | shrink grow flush",
-        "rebase": "v3,c4096,r16,t64,raw | rebase rebase flush",
+        "rebase": "v3,c1024,r16,t64,raw | rebase rebase flush",
         "commit": "v3,c512,r16,t64,raw,aged | commit flush",
         "amend": "v3,c512,r16,t64,qcow2,aged | amend_refcounts amend_refcounts amend_version amend_version amend_lazy flush",
     }.items()

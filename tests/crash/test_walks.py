@@ -21,7 +21,7 @@ _GUESTS = ("write", "write_fua", "zero", "keep_zero", "discard", "read", "flush"
 
 
 @pytest.mark.parametrize("model", ["kill", "power"])
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_true_engine_survives_walk(seed: int, model: Model) -> None:
     case = random_walk(seed, 20)
     verdicts = walk(case, record(case), model, limit=32)
@@ -31,11 +31,12 @@ def test_true_engine_survives_walk(seed: int, model: Model) -> None:
 @pytest.mark.parametrize("image", covering_images(), ids=str)
 def test_every_operation_on_every_option(image: ImageSpec) -> None:
     """Sequences of one operation, over images in which every two options meet. A cluster of 64 KiB is 128 sectors: there each
-    operation is tried at every third place."""
-    for case in itertools.islice(SUITES["one"]([image]), None, None, 3 if image.cluster_bytes == 65536 else 1):
+    operation is tried at a few places only."""
+    every = {512: 1, 4096: 2, 65536: 7}[image.cluster_bytes]
+    for case in itertools.islice(SUITES["one"]([image]), None, None, every):
         recording = record(case)
         for model in ("kill", "power" if image.cluster_bytes == 512 else "power4096"):
-            found = walk(case, recording, model, limit=64 if image.cluster_bytes == 512 else 16).violations
+            found = walk(case, recording, model, limit=32 if image.cluster_bytes == 512 else 16).violations
             assert not found, f"{case}: {found[0]}"
 
 
@@ -43,7 +44,7 @@ def test_every_operation_on_every_option(image: ImageSpec) -> None:
 @pytest.mark.parametrize("suite", ["two", "three", "interleaved", "faulted", "nested"])
 def test_a_sample_of_each_suite(suite: str, part: int) -> None:
     """Every so many-th case; which, differs by part."""
-    steps = {"two": 97, "three": 3001, "interleaved": 147, "faulted": 499, "nested": 71}
+    steps = {"two": 197, "three": 9001, "interleaved": 397, "faulted": 1499, "nested": 151}
     images = covering_images(SMALL)
     cases = itertools.islice(SUITES[suite](images[part::4]), part, None, steps[suite])
     for case in itertools.islice(cases, 30):
