@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ from cowfence.disk.raw import RawDisk
 from cowfence.qcow2 import rebase as rebase_module
 from cowfence.qcow2 import resize as resize_module
 from cowfence.qcow2.alteration import Alteration
-from cowfence.qcow2.header import Header, encode, size_patch
+from cowfence.qcow2.header import Header, encode, read_header, size_patch
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Stage
@@ -31,9 +31,9 @@ def _discards_first() -> Iterator[None]:
         yield
 
 
-def _in_one_write(state: State, wanted: Header) -> None:
+def _in_one_write(state: State, change: Callable[[Header], Header]) -> None:
     """The whole header in one write of several sectors."""
-    header = encode(wanted)
+    header = encode(change(read_header(state.storage)))
     state.pending.put(Stage.LINK, 0, header, "header.link", Kind.HEADER)
 
 
