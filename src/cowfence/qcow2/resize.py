@@ -73,6 +73,9 @@ def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation
     state = alteration.state
     old_bytes = state.size
     _check(state, size_bytes)
+    if size_bytes > old_bytes and state.backing is None and state.header.backing_name is not None:
+        name = state.storage.name
+        raise Invalid(f"{name}: it was opened without its backing file, which may be longer and would show through")
     if size_bytes == old_bytes:
         return
     alteration.before_other_disk(size_bytes)

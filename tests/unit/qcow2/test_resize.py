@@ -190,3 +190,17 @@ def test_a_long_growth_is_quick(tmp_path: Path) -> None:
     resize_disk(disk, 64 << 40)
     resize_disk(disk, 1 << 20, shrink=True)
     disk.close()
+
+
+def test_an_image_without_its_backing_file_does_not_grow(tmp_path: Path) -> None:
+    """The backing file may be longer than the disk was: its bytes would show behind the old end."""
+    (tmp_path / "base").write_bytes(b"b" * 8192)
+    path = tmp_path / "disk.qcow2"
+    cowfence.create(path, 4096, backing="base", backing_format="raw").close()
+    with cowfence.open(path, writable=True, backing=False) as disk:
+        with pytest.raises(Invalid, match="without its backing file"):
+            resize_disk(disk, 8192)
+        resize_disk(disk, 2048, shrink=True)
+    with cowfence.open(path, writable=True) as disk:
+        resize_disk(disk, 8192)
+        assert disk.read(0, 8192) == b"b" * 2048 + bytes(6144)
