@@ -100,7 +100,10 @@ def test_an_interrupted_conversion_leaves_nothing_under_the_name(tmp_path: Path,
     raw, target = tmp_path / "disk.raw", tmp_path / "target.qcow2"
     raw.write_bytes(random.Random(3).randbytes(64 * MIB))
     words = [sys.executable, "-m", "cowfence", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "1", str(raw), str(target)]
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    # Whoever started us in the background may have had Ctrl-C ignored; that would be inherited.
+    running = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     while not list(tmp_path.glob(".target*")) and running.poll() is None:
         time.sleep(0.01)
     time.sleep(0.05)
