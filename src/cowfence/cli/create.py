@@ -54,7 +54,7 @@ def _line(made: Created, asked_size: object, texts: dict[str, str]) -> str:
         if "preallocation" in texts:
             found["preallocation"] = options.preallocation
     else:
-        found |= {"cluster_size": options.cluster_bytes, "extended_l2": "off"}
+        found |= {"cluster_size": options.cluster_bytes, "extended_l2": "on" if options.extended_l2 else "off"}
         if "preallocation" in texts:
             found["preallocation"] = options.preallocation
         found |= {"compression_type": options.compression_type, "size": size}

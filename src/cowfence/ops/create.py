@@ -44,6 +44,7 @@ class CreateOptions:
     backing_format: str | None = None
     lazy_refcounts: bool = False
     compression_type: str = "zlib"
+    extended_l2: bool = False
     preallocation: str = "off"
 
 
@@ -66,6 +67,7 @@ class Created:
             "cluster-size": options.cluster_bytes,
             "compat": "0.10" if options.version == 2 else "1.1",
             "compression-type": options.compression_type,
+            "extended-l2": options.extended_l2,
             "lazy-refcounts": options.lazy_refcounts,
             "preallocation": options.preallocation,
             "refcount-bits": options.refcount_bits,
@@ -136,8 +138,8 @@ def _check_options(options: CreateOptions, name: str) -> None:
             raise Invalid(f"{name}: a raw image has no backing file")
         if options.preallocation == "metadata":
             raise Invalid(f"{name}: a raw image has no metadata to preallocate")
-    if options.backing is not None and options.preallocation != "off":
-        raise Invalid(f"{name}: preallocation would hide the backing file: the two exclude each other")
+    if options.backing is not None and options.preallocation != "off" and not options.extended_l2:
+        raise Invalid(f"{name}: preallocation would hide the backing file: the two exclude each other without extended_l2")
 
 
 def _backing_size(path: str | os.PathLike[str], backing: str, backing_format: str, refs: Refs) -> int:
@@ -169,6 +171,7 @@ def new_image(options: CreateOptions) -> NewImage:
         version=options.version,
         lazy_refcounts=options.lazy_refcounts,
         compression_type=COMPRESSION_TYPES[options.compression_type],
+        extended_l2=options.extended_l2,
         backing_name=options.backing,
         backing_format=options.backing_format,
         preallocate_metadata=options.preallocation != "off",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cowfence.errors import Invalid, NoSpace
 from cowfence.qcow2.create import NewImage, geometry_of, header_of, refcount_shape
-from cowfence.qcow2.entries import COPIED, Compressed, encode_l2
+from cowfence.qcow2.entries import ALL_SUBCLUSTERS, COPIED, Compressed, encode_l2
 from cowfence.qcow2.geometry import MAX_L1_BYTES, HostOffset
 from cowfence.qcow2.header import encode
 from cowfence.qcow2.tables import Table, counts_bytes
@@ -51,7 +51,7 @@ class BulkImage:
             first = len(self._counts)
             self._counts.extend([1] * count)
             words = np.arange(first, first + count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
-            self._map(guest_cluster, words | np.uint64(COPIED))
+            self._map(guest_cluster, words | np.uint64(COPIED), ALL_SUBCLUSTERS)
         return first << self.geometry.cluster_bits
 
     def place_streams(self, guest_clusters: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -74,21 +74,25 @@ class BulkImage:
                         self._counts.append(0)
                     self._counts[cluster] += 1
                 entry = encode_l2(Compressed(HostOffset(start), length_bytes), geometry)
-                self._map(guest_cluster, np.array([entry], np.uint64))
+                self._map(guest_cluster, np.array([entry], np.uint64), 0)
                 self._next = end
                 places.append(start)
         return places
 
-    def _map(self, guest_cluster: int, words: NDArray[np.uint64]) -> None:
-        entries = self.geometry.l2_entries
+    def _map(self, guest_cluster: int, words: NDArray[np.uint64], bitmap: int) -> None:
+        """Enter words of neighbouring guest clusters. ``bitmap``: of each, where entries are extended."""
+        entries, step = self.geometry.l2_entries, self.geometry.l2_entry_words
         at = 0
         while at < len(words):
             l1_index, first = divmod(guest_cluster + at, entries)
             count = min(entries - first, len(words) - at)
             table = self._l2.get(l1_index)
             if table is None:
-                table = self._l2[l1_index] = np.zeros(entries, np.uint64)
-            table[first : first + count] = words[at : at + count]
+                table = self._l2[l1_index] = np.zeros(entries * step, np.uint64)
+            part = table[first * step : (first + count) * step]
+            part[::step] = words[at : at + count]
+            if step == 2:
+                part[1::2] = bitmap
             at += count
 
     def finish(self) -> None:

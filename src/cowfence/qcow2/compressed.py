@@ -61,7 +61,7 @@ class CompressedWrites:
             raise NeedsCommit(lambda: grow_l1(state, wait=True))
         table = state.l2_table(l1_index, wait=wait, cached=True)
         l2_index = offset >> geometry.cluster_bits & geometry.l2_entries - 1
-        old = table.entries[l2_index] if table is not None else 0
+        old = table.entry(l2_index) if table is not None else 0
         kind, _ = decode(state, l1_index, l2_index, old)
         state.check_room()
         home = LinkHome(state, l1_index, table, wait=wait)
@@ -82,7 +82,7 @@ class CompressedWrites:
             raise
         self._next = start + len(stream)
         mapping = Compressed(HostOffset(start), len(stream))
-        state.pending.set(home(), l2_index, encode_l2(mapping, geometry))
+        state.pending.link(home(), l2_index, encode_l2(mapping, geometry))
         for cluster in touched:
             state.refcounts.increment(cluster)
         if kind is not RunKind.UNALLOCATED:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from cowfence.errors import Invalid
 from cowfence.qcow2.entries import COPIED
-from cowfence.qcow2.extensions import Compatible, Extension, ExtensionType, default_feature_names
+from cowfence.qcow2.extensions import Compatible, Extension, ExtensionType, Incompatible, default_feature_names
 from cowfence.qcow2.geometry import (
     MAX_BACKING_NAME_BYTES,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
     MIN_CLUSTER_BITS,
+    MIN_CLUSTER_BITS_EXTENDED_L2,
     Geometry,
     HostOffset,
 )
@@ -37,6 +38,7 @@ class NewImage:
     compression_type: int = 0
     backing_name: str | None = None
     backing_format: str | None = None
+    extended_l2: bool = False
     preallocate_metadata: bool = False
     """Allocate every guest cluster, with its entries; the data stays a hole of the file."""
 
@@ -56,10 +58,13 @@ def geometry_of(wanted: NewImage) -> Geometry:
             (wanted.refcount_bits != 16, "a refcount width other than 16 bits"),
             (wanted.lazy_refcounts, "lazy refcounts"),
             (wanted.compression_type != 0, "a compression type other than zlib"),
+            (wanted.extended_l2, "extended L2 entries"),
         ):
             if wrong:
                 raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")
-    return Geometry(cluster_bits, order, version=wanted.version)
+    if wanted.extended_l2 and cluster_bits < MIN_CLUSTER_BITS_EXTENDED_L2:
+        raise Invalid("extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
+    return Geometry(cluster_bits, order, wanted.extended_l2, wanted.version)
 
 
 def write_new(storage: Storage, wanted: NewImage) -> Header:
@@ -107,6 +112,11 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
         raise Invalid(f"a backing file name has 1 to {MAX_BACKING_NAME_BYTES} bytes")
     if wanted.backing_format is not None:
         extensions.append(Extension(ExtensionType.BACKING_FORMAT, wanted.backing_format.encode()))
+    incompatible = Incompatible(0)
+    if wanted.compression_type:
+        incompatible |= Incompatible.COMPRESSION
+    if wanted.extended_l2:
+        incompatible |= Incompatible.EXTENDED_L2
     if wanted.version >= 3:
         names = default_feature_names()
         # The table is optional; a small cluster has no room for it beside the backing file's name.
@@ -122,7 +132,7 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
         refcount_table_clusters=table_clusters,
         backing_name=backing_name,
         compatible=int(Compatible.LAZY_REFCOUNTS) if wanted.lazy_refcounts else 0,
-        incompatible=8 if wanted.compression_type else 0,
+        incompatible=int(incompatible),
         compression_type=wanted.compression_type,
         refcount_order=geometry.refcount_bits.bit_length() - 1,
         header_length=72 if wanted.version == 2 else 112,
@@ -162,9 +172,11 @@ def _write_mapping(storage: Storage, geometry: Geometry, header: Header, l2_tabl
         l1.entries[index] = cluster << geometry.cluster_bits | COPIED
         mapped = min(left, geometry.l2_entries)
         l2 = Table.empty_table(geometry.cluster_bytes)
+        words = geometry.l2_entry_words
         first = cluster + 1 << geometry.cluster_bits | COPIED
         for at in range(mapped):
-            l2.entries[at] = first + (at << geometry.cluster_bits)
+            # With subclusters, none is allocated yet: the backing file shows.
+            l2.entries[at * words] = first + (at << geometry.cluster_bits)
         storage.writev(cluster << geometry.cluster_bits, [l2.content()], "create.l2")
         cluster += 1 + mapped
         left -= mapped

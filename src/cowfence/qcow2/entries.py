@@ -1,4 +1,8 @@
-"""Table entries: 64-bit words decoded into a closed set of values, and back.
+"""Table entries: words decoded into a closed set of values, and back.
+
+An entry is one number: of 64 bits, or, of an extended L2 table, of 128. The lower 64 are then the word that plain tables have,
+too, so that its flags and its offset are found in the same place; the upper 64 are the bitmap of the subclusters (section
+"Extended L2 Entries"): bits 0-31 of it say which are allocated, bits 32-63 which read as zeros.
 
 Sections "Cluster mapping" and "Host cluster management" of the qcow2 specification. A decode rejects every reserved bit and
 every misaligned offset with ``BadEntry``, which says what is wrong; the caller knows where the word stands and makes a
@@ -6,10 +10,11 @@ every misaligned offset with ``BadEntry``, which says what is wrong; the caller 
 
 These functions are for single entries; whole tables are judged by array arithmetic over the same bit constants.
 
-Three choices where the specification leaves room. A compressed entry with the COPIED flag is rejected (its bit is 0 "for
-clusters that are unused, compressed or require COW"). Offset 0 with COPIED is meant for external data files only, which have a
-decoder of their own, so it is rejected here. A refcount table entry could hold more than 56 bits, but no table entry could
-point to the clusters it would count, so offsets from 2**56 are rejected there too.
+Four choices where the specification leaves room. A compressed entry with the COPIED flag is rejected (its bit is 0 "for
+clusters that are unused, compressed or require COW"). The bitmap of a compressed cluster is "not used": it is ignored, and
+encoded as 0 (the one case in which encoding gives another number than was decoded). Offset 0 with COPIED is meant for external
+data files only, which have a decoder of their own, so it is rejected here. A refcount table entry could hold more than 56 bits,
+but no table entry could point to the clusters it would count, so offsets from 2**56 are rejected there too.
 """
 
 from __future__ import annotations
@@ -17,12 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
-from cowfence.qcow2.geometry import MAX_HOST_BITS, OFFSET_MASK, Geometry, HostOffset
+from cowfence.qcow2.geometry import MAX_HOST_BITS, OFFSET_MASK, SUBCLUSTERS, Geometry, HostOffset
 from cowfence.units import SECTOR_BYTES
 
 COPIED: Final = 1 << 63
 """Set where the refcount of what the entry points to is exactly one, so that it may be written in place."""
 COMPRESSED: Final = 1 << 62
+BITMAP_SHIFT: Final = 64
+"""``entry >> BITMAP_SHIFT`` is the bitmap of an extended L2 entry."""
+WORD_MASK: Final = (1 << 64) - 1
+ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTERS) - 1
 ZERO: Final = 1
 """Standard descriptors of version 3: the cluster reads as zeros, whatever its offset."""
 
@@ -58,6 +67,20 @@ class Zero:
 
 
 @dataclass(frozen=True, slots=True)
+class Subclustered:
+    """The subclusters are in different states. Of both bitmaps bit ``n`` is subcluster ``n``, and no bit is set in both.
+
+    ``allocated``: stands at its place in the cluster at ``host_offset``. ``zero``: reads as zeros. Neither: is read from the
+    backing file. ``host_offset``: None where no cluster is allocated.
+    """
+
+    host_offset: HostOffset | None
+    copied: bool
+    allocated: int
+    zero: int
+
+
+@dataclass(frozen=True, slots=True)
 class Compressed:
     """The cluster stands compressed at ``host_offset`` (not aligned to anything).
 
@@ -69,7 +92,7 @@ class Compressed:
     length_bytes: int
 
 
-Mapping: TypeAlias = Data | Zero | Compressed | Unallocated
+Mapping: TypeAlias = Data | Zero | Compressed | Unallocated | Subclustered
 
 UNALLOCATED: Final = Unallocated()
 ZERO_PLAIN: Final = Zero(None, False)
@@ -83,9 +106,11 @@ class L1Entry(NamedTuple):
 
 
 def decode_l2(entry: int, geometry: Geometry) -> Mapping:
-    """The mapping that a plain L2 entry (or the first word of an extended one) describes. Raises ``BadEntry``."""
+    """The mapping that an L2 entry describes. Raises ``BadEntry``."""
     if not entry:
         return UNALLOCATED
+    if geometry.extended_l2:
+        return _decode_extended(entry, geometry)
     if entry & COMPRESSED:
         return _decode_compressed(entry, geometry)
     if entry & _STANDARD_RESERVED:
@@ -99,10 +124,33 @@ def decode_l2(entry: int, geometry: Geometry) -> Mapping:
     if entry & ZERO:
         if geometry.version < 3:
             raise BadEntry("the zero flag is set, which version 2 does not have")
-        if geometry.extended_l2:
-            raise BadEntry("the zero flag is set, which extended L2 entries do not have")
         return Zero(HostOffset(host_offset) if host_offset else None, copied)
     return Data(HostOffset(host_offset), copied)
+
+
+def _decode_extended(entry: int, geometry: Geometry) -> Mapping:
+    if entry & COMPRESSED:
+        return _decode_compressed(entry & WORD_MASK, geometry)
+    if entry & _STANDARD_RESERVED:
+        raise BadEntry(f"reserved bits {entry & _STANDARD_RESERVED:#x} are set in L2 entry {entry & WORD_MASK:#018x}")
+    if entry & ZERO:
+        raise BadEntry("the zero flag is set, which extended L2 entries do not have")
+    host_offset = entry & OFFSET_MASK
+    if host_offset & geometry.cluster_mask:
+        raise BadEntry(f"host offset {host_offset:#x} is not aligned to the cluster size")
+    copied = bool(entry & COPIED)
+    bitmap = entry >> BITMAP_SHIFT
+    allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
+    if allocated & zero:
+        raise BadEntry(f"subclusters {allocated & zero:#x} are allocated and read as zeros")
+    if not host_offset and (copied or allocated):
+        raise BadEntry("the COPIED flag is set, or subclusters are allocated, without a host offset")
+    host = HostOffset(host_offset) if host_offset else None
+    if host is not None and allocated == ALL_SUBCLUSTERS:
+        return Data(host, copied)
+    if zero == ALL_SUBCLUSTERS:
+        return Zero(host, copied)
+    return Subclustered(host, copied, allocated, zero)
 
 
 def _decode_compressed(entry: int, geometry: Geometry) -> Compressed:
@@ -124,9 +172,14 @@ def encode_l2(mapping: Mapping, geometry: Geometry) -> int:
         case Data(host_offset, copied):
             if not host_offset:
                 raise BadEntry("a data cluster at host offset 0 would be the header")
-            return _checked_offset(host_offset, geometry) | (COPIED if copied else 0)
+            bitmap = ALL_SUBCLUSTERS if geometry.extended_l2 else 0
+            return _checked_offset(host_offset, geometry) | (COPIED if copied else 0) | bitmap << BITMAP_SHIFT
+        case Subclustered(host_offset, copied, allocated, zero):
+            return _encode_subclustered(host_offset, copied, allocated, zero, geometry)
         case Zero(host_offset, copied):
-            if geometry.version < 3 or geometry.extended_l2:
+            if geometry.extended_l2:
+                return _encode_subclustered(host_offset, copied, 0, ALL_SUBCLUSTERS, geometry)
+            if geometry.version < 3:
                 raise BadEntry("this image has no zero flag in its L2 entries")
             if not host_offset:
                 if copied or host_offset is not None:
@@ -135,6 +188,19 @@ def encode_l2(mapping: Mapping, geometry: Geometry) -> int:
             return _checked_offset(host_offset, geometry) | ZERO | (COPIED if copied else 0)
         case Compressed(host_offset, length_bytes):
             return _encode_compressed(host_offset, length_bytes, geometry)
+
+
+def _encode_subclustered(host_offset: HostOffset | None, copied: bool, allocated: int, zero: int, geometry: Geometry) -> int:
+    if not geometry.extended_l2:
+        raise BadEntry("this image has no subclusters")
+    if allocated & zero or not 0 <= allocated | zero <= ALL_SUBCLUSTERS:
+        raise BadEntry(f"subclusters {allocated:#x} cannot be allocated while {zero:#x} read as zeros")
+    bitmap = (zero << SUBCLUSTERS | allocated) << BITMAP_SHIFT
+    if not host_offset:
+        if copied or allocated or host_offset is not None:
+            raise BadEntry("subclusters need a host offset above 0 to be allocated or COPIED")
+        return bitmap
+    return _checked_offset(host_offset, geometry) | (COPIED if copied else 0) | bitmap
 
 
 def _encode_compressed(host_offset: int, length_bytes: int, geometry: Geometry) -> int:
@@ -147,6 +213,13 @@ def _encode_compressed(host_offset: int, length_bytes: int, geometry: Geometry) 
     if additional_sectors > geometry.compressed_sectors_mask:
         raise BadEntry(f"{length_bytes} bytes are too many for a compressed cluster")
     return COMPRESSED | additional_sectors << geometry.compressed_shift | host_offset
+
+
+def zeroed(entry: int, geometry: Geometry) -> int:
+    """The entry of a cluster that reads as zeros and keeps the host cluster of ``entry``, a standard one, if that has one."""
+    if geometry.extended_l2:
+        return entry & (COPIED | OFFSET_MASK) | ALL_SUBCLUSTERS << SUBCLUSTERS + BITMAP_SHIFT
+    return entry | ZERO
 
 
 def decode_l1(entry: int, geometry: Geometry) -> L1Entry:

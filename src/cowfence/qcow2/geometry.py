@@ -40,6 +40,9 @@ MAX_HOST_BITS: Final = 56
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 """Bits 9-55 of an L1 or L2 entry: the host offset."""
 
+SUBCLUSTERS: Final = 32
+"""Of a cluster, where L2 entries are extended."""
+
 TABLE_ENTRY_BYTES: Final = 8
 """Size of an entry of the L1 table, the refcount table and a plain L2 table."""
 
@@ -61,6 +64,11 @@ class Geometry:
     cluster_mask: int = field(init=False, repr=False, compare=False)
     """``offset & cluster_mask`` is the offset inside the cluster."""
     l2_entry_bytes: int = field(init=False, repr=False, compare=False)
+    l2_entry_words: int = field(init=False, repr=False, compare=False)
+    """64-bit words of an L2 entry: 1, or 2 where there are subclusters."""
+    subclusters: int = field(init=False, repr=False, compare=False)
+    """Of a cluster, each allocated by itself: 1, or 32 where L2 entries are extended."""
+    subcluster_bytes: int = field(init=False, repr=False, compare=False)
     l2_entries: int = field(init=False, repr=False, compare=False)
     l2_bits: int = field(init=False, repr=False, compare=False)
     l1_shift: int = field(init=False, repr=False, compare=False)
@@ -103,6 +111,9 @@ class Geometry:
             ("cluster_bytes", cluster_bytes),
             ("cluster_mask", cluster_bytes - 1),
             ("l2_entry_bytes", 16 if self.extended_l2 else TABLE_ENTRY_BYTES),
+            ("l2_entry_words", 2 if self.extended_l2 else 1),
+            ("subclusters", SUBCLUSTERS if self.extended_l2 else 1),
+            ("subcluster_bytes", cluster_bytes // SUBCLUSTERS if self.extended_l2 else cluster_bytes),
             ("l2_entries", 1 << l2_bits),
             ("l2_bits", l2_bits),
             ("l1_shift", self.cluster_bits + l2_bits),

@@ -372,8 +372,6 @@ def check_supported(header: Header, name: str) -> None:
         raise Unsupported(name, methods.get(header.crypt_method, f"encryption method {header.crypt_method}"))
     if header.incompatible & Incompatible.DATA_FILE:
         raise Unsupported(name, "external data file")
-    if header.incompatible & Incompatible.EXTENDED_L2:
-        raise Unsupported(name, "extended L2 entries")
     if header.compression_type not in (COMPRESSION_DEFLATE, COMPRESSION_ZSTD):
         raise Unsupported(name, f"compression type {header.compression_type}")
 

@@ -115,7 +115,8 @@ class Qcow2Disk:
         self._mode = options.mode
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
         self._lock = state.lock
-        self._tables = state.l2.tables
+        # An entry of two words is no plain case.
+        self._tables = state.l2.tables if geometry.l2_entry_words == 1 else {}
         self._read_cached = storage.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""

@@ -11,9 +11,22 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from cowfence.errors import Corrupt
-from cowfence.qcow2.entries import COPIED, ZERO, BadEntry, Compressed, Data, Unallocated, Zero, decode_l2
-from cowfence.qcow2.geometry import OFFSET_MASK
+from cowfence.qcow2.entries import (
+    ALL_SUBCLUSTERS,
+    BITMAP_SHIFT,
+    COPIED,
+    ZERO,
+    BadEntry,
+    Compressed,
+    Data,
+    Subclustered,
+    Unallocated,
+    Zero,
+    decode_l2,
+)
+from cowfence.qcow2.geometry import OFFSET_MASK, SUBCLUSTERS, Geometry
 from cowfence.qcow2.state import State
+from cowfence.qcow2.tables import Table
 
 _VECTOR_CLUSTERS = 128
 
@@ -23,6 +36,8 @@ class RunKind(IntEnum):
     ZERO = 1
     DATA = 2
     COMPRESSED = 3
+    SUBCLUSTERED = 4
+    """Of an entry only: the runs are those of its subclusters."""
 
 
 class GuestRun(NamedTuple):
@@ -51,6 +66,13 @@ def decode(state: State, l1_index: int, l2_index: int, entry: int) -> tuple[RunK
             return RunKind.DATA, host_offset
         case Compressed(host_offset, _):
             return RunKind.COMPRESSED, host_offset
+        case Subclustered(host_offset, _, _, _):
+            return RunKind.SUBCLUSTERED, host_offset or 0
+
+
+def reads_zero(state: State, run: GuestRun) -> bool:
+    """True if all of a run that is no longer than its cluster is zeros by its entry, nothing of a backing file being below."""
+    return run.kind is RunKind.ZERO or (run.kind is RunKind.UNALLOCATED and state.reads_zero_below(run.offset))
 
 
 def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterator[GuestRun]:
@@ -69,9 +91,9 @@ def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterato
             table_end = min(end, _end_of_gap(state.l1.entries, l1_index, end >> geometry.l1_shift) << geometry.l1_shift)
             pieces: Iterator[GuestRun] = iter((GuestRun(RunKind.UNALLOCATED, offset, table_end - offset, 0, 0),))
         elif table_end - offset > _VECTOR_CLUSTERS << geometry.cluster_bits:
-            pieces = _table_runs(state, table.view(), l1_index, offset, table_end)
+            pieces = _table_runs(state, table, l1_index, offset, table_end)
         else:
-            pieces = _entry_runs(state, table.entries, l1_index, offset, table_end)
+            pieces = _entry_runs(state, table, l1_index, offset, table_end)
         for run in pieces:
             if pending is None:
                 pending = run
@@ -104,40 +126,66 @@ def _joins(earlier: GuestRun, later: GuestRun) -> bool:
     return later.host == earlier.host + earlier.length_bytes
 
 
-def _entry_runs(state: State, entries: object, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
+def _entry_runs(state: State, table: Table, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
     geometry = state.geometry
-    cluster_bytes = geometry.cluster_bytes
     mask = geometry.l2_entries - 1
     while offset < end:
         l2_index = offset >> geometry.cluster_bits & mask
+        stop = min(end, (offset | geometry.cluster_mask) + 1)
+        yield from cluster_runs(state, l1_index, l2_index, table.entry(l2_index), offset, stop)
+        offset = stop
+
+
+def cluster_runs(state: State, l1_index: int, l2_index: int, entry: int, offset: int, end: int) -> Iterator[GuestRun]:
+    """The runs of guest bytes inside one cluster. Raises Corrupt for a bad entry."""
+    kind, host = decode(state, l1_index, l2_index, entry)
+    if kind is RunKind.SUBCLUSTERED:
+        yield from subcluster_runs(state.geometry, entry, offset, end)
+        return
+    if host and kind is not RunKind.COMPRESSED:
+        host += offset & state.geometry.cluster_mask
+    yield GuestRun(kind, offset, end - offset, host, entry)
+
+
+def subcluster_runs(geometry: Geometry, entry: int, offset: int, end: int) -> Iterator[GuestRun]:
+    """The same where the subclusters are in different states: one run for each, also if neighbours have the same."""
+    bitmap, host = entry >> BITMAP_SHIFT, entry & OFFSET_MASK
+    within_mask = geometry.subcluster_bytes - 1
+    while offset < end:
         within = offset & geometry.cluster_mask
-        length_bytes = min(end - offset, cluster_bytes - within)
-        entry = entries[l2_index]  # type: ignore[index]
-        kind, host = decode(state, l1_index, l2_index, entry)
-        if host and kind is not RunKind.COMPRESSED:
-            host += within
-        yield GuestRun(kind, offset, length_bytes, host, entry)
-        offset += length_bytes
+        subcluster = within // geometry.subcluster_bytes
+        stop = min(end, (offset | within_mask) + 1)
+        if bitmap >> subcluster & 1:
+            yield GuestRun(RunKind.DATA, offset, stop - offset, host + within, entry)
+        else:
+            kind = RunKind.ZERO if bitmap >> SUBCLUSTERS + subcluster & 1 else RunKind.UNALLOCATED
+            yield GuestRun(kind, offset, stop - offset, 0, entry)
+        offset = stop
 
 
-def _table_runs(state: State, view: object, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
+def _table_runs(state: State, table: Table, l1_index: int, offset: int, end: int) -> Iterator[GuestRun]:
     """The same by array arithmetic: entries are split where the kind changes or the host offset does not go on."""
     import numpy as np
 
     geometry = state.geometry
     bits = geometry.cluster_bits
-    mask = geometry.l2_entries - 1
-    first = offset >> bits & mask
+    first = offset >> bits & geometry.l2_entries - 1
     count = (end - 1 >> bits) - (offset >> bits) + 1
-    part = view[first : first + count]  # type: ignore[index]
-    plain = np.uint64(COPIED | OFFSET_MASK & ~geometry.cluster_mask | ZERO)
-    odd = (part & ~plain) != 0
-    if geometry.version < 3:
-        odd |= (part & np.uint64(ZERO)) != 0
+    view = table.view()[first * table.words : (first + count) * table.words]
+    part = view[:: table.words]
     host = part & np.uint64(OFFSET_MASK)
-    zero = (part & np.uint64(ZERO)) != 0
+    plain = np.uint64(COPIED | OFFSET_MASK & ~geometry.cluster_mask | (0 if geometry.extended_l2 else ZERO))
+    odd = (part & ~plain) != 0
     odd |= (host == 0) & (part & np.uint64(COPIED) != 0)
-    # 0 unallocated, 1 zero, 2 data, 3 odd (compressed, or an entry for the careful decoder): odd ones stand alone.
+    if geometry.extended_l2:
+        bitmap = view[1::2]
+        zero = bitmap == np.uint64(ALL_SUBCLUSTERS << SUBCLUSTERS)
+        odd |= ~zero & (bitmap != np.where(host != 0, np.uint64(ALL_SUBCLUSTERS), np.uint64(0)))
+    else:
+        zero = (part & np.uint64(ZERO)) != 0
+        if geometry.version < 3:
+            odd |= zero
+    # 0 unallocated, 1 zero, 2 data, 3 odd (compressed, subclusters, or one for the careful decoder): odd ones stand alone.
     kind = np.where(odd, 3, np.where(zero, 1, np.where(host != 0, 2, 0)))
     follows = (kind[1:] == kind[:-1]) & (kind[1:] != 3)
     contiguous = (host[1:] == host[:-1] + np.uint64(geometry.cluster_bytes)) & (host[:-1] != 0)
@@ -148,8 +196,4 @@ def _table_runs(state: State, view: object, l1_index: int, offset: int, end: int
         stop = starts[number + 1] if number + 1 < len(starts) else count
         run_start = max(offset, base + start << bits)
         run_end = min(end, base + stop << bits)
-        entry = int(part[start])
-        run_kind, run_host = decode(state, l1_index, first + start, entry)
-        if run_host and run_kind is not RunKind.COMPRESSED:
-            run_host += run_start - (base + start << bits)
-        yield GuestRun(run_kind, run_start, run_end - run_start, run_host, entry)
+        yield from cluster_runs(state, l1_index, first + start, table.entry(first + start), run_start, run_end)

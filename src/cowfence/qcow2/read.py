@@ -11,9 +11,9 @@ from typing import Protocol
 
 from cowfence.codec import decompressor
 from cowfence.errors import Corrupt, WouldBlock
-from cowfence.qcow2.entries import Compressed, Data, decode_l2
+from cowfence.qcow2.entries import Compressed, decode_l2
 from cowfence.qcow2.geometry import OFFSET_MASK
-from cowfence.qcow2.mapping import GuestRun, RunKind, runs
+from cowfence.qcow2.mapping import GuestRun, RunKind, reads_zero, runs, subcluster_runs
 from cowfence.qcow2.reader import Cold
 from cowfence.qcow2.state import State
 from cowfence.units import KIB
@@ -143,32 +143,38 @@ class Reads:
         Call it under the lock. Raises Cold where ``wait`` is false and the host has to read.
         """
         state = self._state
-        if kind is RunKind.ZERO or (kind is RunKind.UNALLOCATED and offset >= state.backing_bytes):
-            return None
         within = offset & state.geometry.cluster_mask
+        plan = self._plan_of(kind, entry, offset, length_bytes)
+        if all(reads_zero(state, run) for run in plan):
+            return None
         try:
             if kind is RunKind.COMPRESSED:
                 last_entry, last = self._last
                 cluster = last if last_entry == entry else self._inflate(entry, wait=wait)
                 return cluster[within : within + length_bytes]
             buffer = bytearray(length_bytes)
-            host = (entry & OFFSET_MASK) + within if kind is RunKind.DATA else 0
-            self.fill((GuestRun(kind, offset, length_bytes, host, entry),), offset, memoryview(buffer), wait=wait)
+            self.fill(plan, offset, memoryview(buffer), wait=wait)
         except WouldBlock:
             raise Cold(lambda: self._warm(kind, entry, offset, length_bytes)) from None
         return buffer
 
+    def _plan_of(self, kind: RunKind, entry: int, offset: int, length_bytes: int) -> list[GuestRun]:
+        """The runs of a part of the cluster that ``entry`` leads to."""
+        geometry = self._state.geometry
+        if kind is RunKind.SUBCLUSTERED:
+            return list(subcluster_runs(geometry, entry, offset, offset + length_bytes))
+        host = (entry & OFFSET_MASK) + (offset & geometry.cluster_mask) if kind is RunKind.DATA else 0
+        return [GuestRun(kind, offset, length_bytes, host, entry)]
+
     def _warm(self, kind: RunKind, entry: int, offset: int, length_bytes: int) -> None:
         """Bring the bytes of a source into the page cache. Holds no ticket: what it reads is thrown away."""
-        state = self._state
-        if kind is RunKind.UNALLOCATED:
-            self._backing(offset, memoryview(bytearray(length_bytes)), wait=True)
+        if kind is not RunKind.COMPRESSED:
+            plan = self._plan_of(kind, entry, offset, length_bytes)
+            self.fill(plan, offset, memoryview(bytearray(length_bytes)), wait=True)
             return
-        mapping = decode_l2(entry, state.geometry)
-        if isinstance(mapping, Compressed):
-            state.storage.readv(mapping.host_offset, (bytearray(mapping.length_bytes),))
-        elif isinstance(mapping, Data):
-            state.storage.readv(mapping.host_offset, (bytearray(state.geometry.cluster_bytes),))
+        mapping = decode_l2(entry, self._state.geometry)
+        assert isinstance(mapping, Compressed)
+        self._state.storage.readv(mapping.host_offset, (bytearray(mapping.length_bytes),))
 
 
 def unfilled(length_bytes: int) -> bytearray | memoryview:

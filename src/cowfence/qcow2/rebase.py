@@ -81,8 +81,7 @@ def rebase(
 def _merge(alteration: Alteration, new: Disk | None, progress: Progress | None) -> None:
     """Make the image's own what would read otherwise over ``new``."""
     state = alteration.state
-    cluster_bytes = state.geometry.cluster_bytes
-    piece_bytes = align_up(_PIECE_BYTES, cluster_bytes)
+    piece_bytes = align_up(_PIECE_BYTES, state.geometry.cluster_bytes)
     old_bytes = state.backing_bytes
     at, size = 0, state.size
     while at < size:
@@ -100,26 +99,24 @@ def _merge(alteration: Alteration, new: Disk | None, progress: Progress | None) 
 
 
 def _merge_piece(alteration: Alteration, new: Disk | None, old_bytes: int, start: int, length_bytes: int) -> None:
-    """Unallocated clusters from ``start`` on: those in which old and new differ."""
+    """Unallocated clusters or subclusters from ``start`` on: those in which old and new differ."""
     state = alteration.state
-    cluster_bytes = state.geometry.cluster_bytes
+    unit_bytes = state.geometry.subcluster_bytes
     if _reads_zero(state.backing, start, length_bytes) and _reads_zero(new, start, length_bytes):
         return
     below, above = _read(state.backing, old_bytes, start, length_bytes), _read(new, None, start, length_bytes)
     if below == above:
         return
-    differing = [
-        at for at in range(0, length_bytes, cluster_bytes) if below[at : at + cluster_bytes] != above[at : at + cluster_bytes]
-    ]
-    zeros = bytes(cluster_bytes)
+    differing = [at for at in range(0, length_bytes, unit_bytes) if below[at : at + unit_bytes] != above[at : at + unit_bytes]]
+    zeros = bytes(unit_bytes)
     at = 0
     while at < len(differing):
         first = differing[at]
         is_zero = not _any(below, first, zeros)
-        end = first + cluster_bytes
+        end = first + unit_bytes
         at += 1
         while at < len(differing) and differing[at] == end and _any(below, end, zeros) is not is_zero:
-            end += cluster_bytes
+            end += unit_bytes
             at += 1
         if is_zero:
             _zero(alteration, start + first, end - first)
@@ -134,9 +131,9 @@ def _reads_zero(disk: Disk | None, start: int, length_bytes: int) -> bool:
 
 
 def _any(content: bytes, at: int, zeros: bytes) -> bool:
-    """True if the cluster at ``at`` is not all zeros."""
-    cluster = content[at : at + len(zeros)]
-    return cluster != zeros[: len(cluster)]
+    """True if the cluster or subcluster at ``at`` is not all zeros."""
+    unit = content[at : at + len(zeros)]
+    return unit != zeros[: len(unit)]
 
 
 def _read(disk: Disk | None, limit_bytes: int | None, start: int, length_bytes: int) -> bytes:
@@ -155,7 +152,7 @@ def _write(alteration: Alteration, start: int, data: memoryview) -> None:
 
 
 def _zero(alteration: Alteration, start: int, length_bytes: int) -> None:
-    """Zero clusters, also where zeros are read now because the old backing file ends before."""
+    """Zero clusters or subclusters, also where zeros are read now because the old backing file ends before."""
     zeroes, state = alteration.zeroes, alteration.state
     assert zeroes is not None
     if state.header.version < 3:
@@ -167,7 +164,7 @@ def _zero(alteration: Alteration, start: int, length_bytes: int) -> None:
         known_bytes = state.backing_bytes
         state.backing_bytes = align_up(state.size, state.geometry.cluster_bytes)
     try:
-        at = align_down(start, state.geometry.cluster_bytes)
+        at = align_down(start, state.geometry.subcluster_bytes)
         while at < start + length_bytes:
             left = start + length_bytes - at
             at += alteration.transaction(lambda at=at, left=left: zeroes.zero(at, left, unmap=True, wait=True))  # type: ignore[misc]

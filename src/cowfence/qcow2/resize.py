@@ -4,18 +4,6 @@ What lies behind the end of a disk must never show when it grows: neither what a
 rest of its last cluster, nor a longer backing file. So growing first makes all that zeros, durably, and the size comes last;
 shrinking takes the size first, and only what nobody can reach any more is freed. Each line is a transaction or several:
 
-operation  transactions                                                       a crash after each
-=========  =================================================================  ==================================================
-grow       1 LINK     a longer L1 table, where one is needed                  the disk is as it was
-           2 LINK     entries behind the end lead nowhere; RECLAIM frees      the same
-           3 data     zeros in the rest of the last cluster                   the same: nobody reads it
-           4 LINK     zero clusters where the backing file is longer          the same
-           5 LINK     clusters allocated ahead, where that is asked for       the same; growing again frees them first
-           6 LINK     the size, in sector 0                                   the disk is longer
-shrink     1 LINK     the size, in sector 0                                   the disk is shorter; entries behind its end
-           2 LINK     these entries lead nowhere; RECLAIM frees               the disk is shorter
-=========  =================================================================  ==================================================
-=======
 =========  ==================================================================  =================================================
 operation  transactions                                                        a crash after each
 =========  ==================================================================  =================================================
@@ -36,17 +24,21 @@ with an applied snapshot; the snapshot keeps it.
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from cowfence.errors import Invalid, Unsupported
 from cowfence.qcow2.alteration import Alteration
-from cowfence.qcow2.entries import COPIED
+from cowfence.qcow2.census import runs_of
+from cowfence.qcow2.entries import COPIED, ZERO, zeroed
 from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES
 from cowfence.qcow2.header import size_patch
-from cowfence.qcow2.mapping import RunKind, runs
+from cowfence.qcow2.mapping import RunKind, decode, runs
 from cowfence.qcow2.state import State
 from cowfence.qcow2.write import LinkHome, free_entry, grow_l1
-from cowfence.units import MIB, SECTOR_BYTES, align_down, align_up
+from cowfence.units import MIB, SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.qcow2.zero import Zeroes
@@ -127,9 +119,8 @@ def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Prea
 
 def _zero_rest(state: State, zeroes: Zeroes, start: int, end: int, backing_bytes: int) -> None:
     """Zeros from the end of the disk to that of its last cluster."""
-    cluster = align_down(start, state.geometry.cluster_bytes)
-    kind = next(iter(runs(state, cluster, 1, wait=True))).kind
-    if kind is not RunKind.ZERO and (kind is not RunKind.UNALLOCATED or backing_bytes > start):
+    rest = list(runs(state, start, end - start, wait=True))
+    if any(run.kind is not RunKind.ZERO and (run.kind is not RunKind.UNALLOCATED or backing_bytes > start) for run in rest):
         zeroes.write(start, memoryview(bytes(end - start)), wait=True)
 
 
@@ -159,12 +150,17 @@ def _drop_table(state: State, l1_index: int) -> None:
     if offset is None:
         return
     state.check_room()
-    for run in list(runs(state, l1_index << geometry.l1_shift, geometry.l2_coverage_bytes, wait=True)):
-        if run.kind is RunKind.COMPRESSED:
-            free_entry(state, run.kind, run.entry, discard=True)
-        elif run.host:
-            first = (run.entry & OFFSET_MASK) >> geometry.cluster_bits
-            state.pending.free(first, run.length_bytes >> geometry.cluster_bits, discard=True)
+    table = state.l2_table(l1_index, wait=True, cached=False)
+    assert table is not None
+    words = table.view()[:: table.words]
+    plain = words & ~np.uint64(COPIED | ZERO | OFFSET_MASK & ~geometry.cluster_mask) == 0
+    for l2_index in np.flatnonzero(~plain).tolist():
+        entry = table.entry(l2_index)
+        free_entry(state, decode(state, l1_index, l2_index, entry)[0], entry, discard=True)
+    hosts = ((words & np.uint64(OFFSET_MASK)) >> np.uint64(geometry.cluster_bits)).view(np.int64)[plain]
+    hosts = hosts[hosts != 0]
+    for start, stop in runs_of(hosts) if len(hosts) else ():
+        state.pending.free(int(hosts[start]), stop - start, discard=True)
     state.pending.set(state.l1, l1_index, 0)
     state.pending.free(offset >> geometry.cluster_bits, table=True)
     state.l2.forget(l1_index)
@@ -192,10 +188,12 @@ def _allocate(state: State, at: int, size_bytes: int, preallocation: Preallocati
         state.allocator.give_back(reserved)
         raise
     table = home()
+    # A cluster of subclusters is kept for them, and each is allocated when it is written.
+    ahead = partial(zeroed, geometry=geometry) if geometry.extended_l2 else int
     first = at >> geometry.cluster_bits & geometry.l2_entries - 1
     for number, cluster in enumerate(hosts):
-        free_entry(state, RunKind.ZERO, table.entries[first + number], discard=False)
-        state.pending.set(table, first + number, cluster << geometry.cluster_bits | COPIED)
+        free_entry(state, RunKind.ZERO, table.entry(first + number), discard=False)
+        state.pending.link(table, first + number, ahead(cluster << geometry.cluster_bits | COPIED))
         state.refcounts.increment(cluster)
     return end - at
 

@@ -106,7 +106,7 @@ class State:
         if cached and not room:
             raise NeedsCommit
         data = self.reader.read(offset, self.geometry.cluster_bytes, f"L2 table of L1[{l1_index}]", wait=wait)
-        table = Table.from_bytes(Kind.L2, l1_index, offset, data)
+        table = Table.from_bytes(Kind.L2, l1_index, offset, data, words=self.geometry.l2_entry_words)
         if room:
             self.l2.put(table)
         return table

@@ -46,13 +46,17 @@ KIND_NUMBERS: Final = {Kind.L1: 1, Kind.L2: 2, Kind.REFCOUNT_TABLE: 3, Kind.REFC
 class Table:
     """A table of 64-bit entries (L1, L2 or refcount table) at ``offset`` of the file."""
 
-    __slots__ = ("dirty", "entries", "fresh", "frozen", "index", "kind", "offset", "place", "used")
+    __slots__ = ("dirty", "entries", "fresh", "frozen", "index", "kind", "offset", "place", "used", "words")
 
     bits = 64
-    """Of an entry."""
+    """Of a word."""
 
-    def __init__(self, kind: Kind, index: int, offset: int, entries: array[int], *, fresh: bool = False) -> None:
+    def __init__(
+        self, kind: Kind, index: int, offset: int, entries: array[int], *, words: int = 1, fresh: bool = False
+    ) -> None:
         self.kind = kind
+        self.words = words
+        """Of an entry: 1, or 2 in an extended L2 table, where ``entries`` are the words."""
         self.index = index
         """L2: the entry of L1 that leads here. L1 and refcount table: 0."""
         self.offset = offset
@@ -69,25 +73,31 @@ class Table:
         """For the cache's second chance."""
 
     @classmethod
-    def from_bytes(cls, kind: Kind, index: int, offset: int, data: bytes | bytearray) -> Table:
+    def from_bytes(cls, kind: Kind, index: int, offset: int, data: bytes | bytearray, *, words: int = 1) -> Table:
         entries = array("Q")
         entries.frombytes(data)
         if _SWAP:
             entries.byteswap()
-        return cls(kind, index, offset, entries)
+        return cls(kind, index, offset, entries, words=words)
 
     @classmethod
-    def empty(cls, kind: Kind, index: int, offset: int, length_bytes: int) -> Table:
+    def empty(cls, kind: Kind, index: int, offset: int, length_bytes: int, *, words: int = 1) -> Table:
         """A fresh table of ``length_bytes`` whose entries are all 0."""
-        return cls(kind, index, offset, array("Q", bytes(length_bytes)), fresh=True)
+        return cls(kind, index, offset, array("Q", bytes(length_bytes)), words=words, fresh=True)
 
     @classmethod
     def empty_table(cls, length_bytes: int) -> Table:
         """A table of ``length_bytes`` that belongs to no image yet, its entries all 0."""
         return cls.empty(Kind.L2, 0, 0, length_bytes)
 
+    def entry(self, index: int) -> int:
+        """One entry, as ``entries`` decodes it. (Where it matters, and entries are words, they are read straight.)"""
+        if self.words == 1:
+            return self.entries[index]
+        return self.entries[2 * index] | self.entries[2 * index + 1] << 64
+
     def set(self, index: int, value: int) -> None:
-        """Change one entry; its sector is dirty."""
+        """Change one word; its sector is dirty. Both words of an entry stand in one sector."""
         self.entries[index] = value
         self.dirty.add(index >> 6)
 

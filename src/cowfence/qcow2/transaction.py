@@ -29,9 +29,10 @@ from threading import Condition, Lock
 from typing import NamedTuple, Protocol
 
 from cowfence.errors import CowfenceError, ReadOnly
+from cowfence.qcow2.entries import BITMAP_SHIFT, WORD_MASK
 from cowfence.qcow2.journal import COPY, FREED, FRESH, PLACE_BITS, Journal, header_notes
 from cowfence.qcow2.layout import Layout
-from cowfence.qcow2.tables import KIND_NUMBERS, AnyTable, Kind
+from cowfence.qcow2.tables import KIND_NUMBERS, AnyTable, Kind, Table
 from cowfence.storage.base import Buffer, Storage
 from cowfence.units import SECTOR_BYTES
 
@@ -130,6 +131,14 @@ class Pending:
         if notes is not None:
             notes.append(table.place + index * table.bits)
             notes.append(value)
+
+    def link(self, table: Table, index: int, entry: int) -> None:
+        """Change an L2 entry, of one word or of two."""
+        if table.words == 1:
+            self.set(table, index, entry)
+        else:
+            self.set(table, 2 * index, entry & WORD_MASK)
+            self.set(table, 2 * index + 1, entry >> BITMAP_SHIFT)
 
     def add(self, table: AnyTable, copied: AnyTable | None = None) -> None:
         """Enter a fresh table before its entries are changed: all zeros, or it begins as ``copied`` does."""

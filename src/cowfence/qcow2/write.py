@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from cowfence.errors import NoSpace
 from cowfence.qcow2.allocator import Run
-from cowfence.qcow2.entries import COPIED, decode_l2
+from cowfence.qcow2.entries import ALL_SUBCLUSTERS, BITMAP_SHIFT, COPIED, decode_l2
 from cowfence.qcow2.entries import Compressed as CompressedEntry
-from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, HostOffset
+from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, SUBCLUSTERS, Geometry, HostOffset
 from cowfence.qcow2.header import l1_patch
 from cowfence.qcow2.mapping import RunKind, decode
 from cowfence.qcow2.read import Reads
@@ -36,7 +36,10 @@ class Target(NamedTuple):
     host: int
     """Host offset of the cluster's start."""
     old: tuple[RunKind, int] | None
-    """What the new cluster takes the place of (kind, entry); None: written in place, no entry changes."""
+    """What the entry was (kind, entry); None: written in place, no entry changes."""
+    start: int
+    end: int
+    """What of the cluster is defined by the write, kept head and tail included: all of it, or whole subclusters."""
     reserved: bool
     """The cluster is newly reserved; False: one that the entry kept (a preallocated zero cluster)."""
     hole: bool
@@ -93,16 +96,22 @@ class Writes:
         first = offset >> geometry.cluster_bits & geometry.l2_entries - 1
         count = (offset + length_bytes - 1 >> geometry.cluster_bits) - (offset >> geometry.cluster_bits) + 1
         targets: list[Target | None] = []
-        fates: list[tuple[int, RunKind, int]] = []
+        fates: list[tuple[int, RunKind, int, int, int]] = []
+        start, end = 0, geometry.cluster_bytes
         for l2_index in range(first, first + count):
-            entry = table.entries[l2_index] if table is not None else 0
+            entry = table.entry(l2_index) if table is not None else 0
             kind, host = decode(state, l1_index, l2_index, entry)
-            if host and kind is not RunKind.COMPRESSED and state.may_write_in_place(entry, wait=wait):
-                old = None if kind is RunKind.DATA else (kind, 0)
-                targets.append(Target(l2_index, host, old, reserved=False, hole=False))
+            in_place = host and kind is not RunKind.COMPRESSED and state.may_write_in_place(entry, wait=wait)
+            if geometry.extended_l2:
+                part = offset & geometry.cluster_mask if l2_index == first else 0
+                rest = (offset + length_bytes - 1 & geometry.cluster_mask) + 1 if l2_index == first + count - 1 else None
+                start, end = _span(geometry, kind, entry, part, rest or geometry.cluster_bytes, in_place=bool(in_place))
+            if in_place:
+                old = None if kind is RunKind.DATA or _is_allocated(geometry, entry, start, end) else (kind, entry)
+                targets.append(Target(l2_index, host, old, start, end, reserved=False, hole=False))
             else:
                 targets.append(None)
-                fates.append((l2_index, kind, entry))
+                fates.append((l2_index, kind, entry, start, end))
         links = len(fates) + sum(1 for target in targets if target is not None and target.old is not None)
         home = LinkHome(state, l1_index, table, wait=wait)
         if not links:
@@ -122,9 +131,10 @@ class Writes:
         whole: list[Target] = []
         for target in targets:
             if target is None:
-                l2_index, kind, entry = next(fate)
+                l2_index, kind, entry, start, end = next(fate)
                 cluster, hole = next(hosts)
-                target = Target(l2_index, cluster << geometry.cluster_bits, (kind, entry), reserved=True, hole=hole)
+                host = cluster << geometry.cluster_bits
+                target = Target(l2_index, host, (kind, entry), start, end, reserved=True, hole=hole)
             whole.append(target)
         return whole, runs, home
 
@@ -143,16 +153,17 @@ class Writes:
             start = target.host + within
             if target.old is not None:
                 kind, entry = target.old
-                head = self._kept(kind, entry, guest, within, hole=target.hole, wait=wait)
+                head_at = target.start
+                head = self._kept(kind, entry, guest + head_at, within - head_at, hole=target.hole, wait=wait)
                 tail_at = within + length_bytes
-                tail = self._kept(kind, entry, guest + tail_at, cluster_bytes - tail_at, hole=target.hole, wait=wait)
+                tail = self._kept(kind, entry, guest + tail_at, target.end - tail_at, hole=target.hole, wait=wait)
                 if head is not None:
-                    start = target.host
+                    start = target.host + head_at
                     buffers.append(head)
                 buffers.append(data[at : at + length_bytes])
                 end = target.host + tail_at
                 if tail is not None:
-                    end = target.host + cluster_bytes
+                    end = target.host + target.end
                     buffers.append(tail)
             else:
                 buffers.append(data[at : at + length_bytes])
@@ -182,10 +193,16 @@ class Writes:
         for target in targets:
             if target.old is None:
                 continue
-            pending.set(table, target.l2_index, target.host | COPIED)
+            kind, entry = target.old
+            linked = target.host | COPIED
+            if state.geometry.extended_l2:
+                bitmap = entry >> BITMAP_SHIFT if kind is not RunKind.COMPRESSED else 0
+                written = _subclusters(state.geometry, target.start, target.end)
+                linked |= (bitmap & ~(written << SUBCLUSTERS) | written) << BITMAP_SHIFT
+            pending.link(table, target.l2_index, linked)
             if target.reserved:
                 state.refcounts.increment(target.host >> bits)
-                free_entry(state, *target.old, discard=False)
+                free_entry(state, kind, entry, discard=False)
 
 
 class LinkHome:
@@ -226,12 +243,12 @@ class LinkHome:
             assert self._table is not None
             return self._table
         state = self._state
-        offset = self._cluster << state.geometry.cluster_bits
+        offset, words = self._cluster << state.geometry.cluster_bits, state.geometry.l2_entry_words
         if self._table is None:
-            table = Table.empty(Kind.L2, self._l1_index, offset, state.geometry.cluster_bytes)
+            table = Table.empty(Kind.L2, self._l1_index, offset, state.geometry.cluster_bytes, words=words)
             state.pending.add(table)
         else:
-            table = Table(Kind.L2, self._l1_index, offset, array("Q", self._table.entries), fresh=True)
+            table = Table(Kind.L2, self._l1_index, offset, array("Q", self._table.entries), words=words, fresh=True)
             state.pending.add(table, copied=self._table)
             state.pending.free(self._table.offset >> state.geometry.cluster_bits, table=True)
         state.layout.claim_new(offset, 1, Kind.L2)
@@ -278,6 +295,34 @@ def free_entry(state: State, kind: RunKind, entry: int, *, discard: bool) -> Non
         state.pending.free(first, last - first + 1, discard=discard)
     elif entry & OFFSET_MASK:
         state.pending.free((entry & OFFSET_MASK) >> bits, discard=discard)
+
+
+def _subclusters(geometry: Geometry, start: int, end: int) -> int:
+    """The bits of the subclusters that a part of a cluster touches."""
+    first, stop = start // geometry.subcluster_bytes, -(-end // geometry.subcluster_bytes)
+    return (1 << stop) - (1 << first)
+
+
+def _is_allocated(geometry: Geometry, entry: int, start: int, end: int) -> bool:
+    """True if an extended entry has a part of its cluster as data already."""
+    return geometry.extended_l2 and not _subclusters(geometry, start, end) & ~(entry >> BITMAP_SHIFT)
+
+
+def _span(geometry: Geometry, kind: RunKind, entry: int, start: int, end: int, *, in_place: bool) -> tuple[int, int]:
+    """What of a cluster with subclusters a write of ``start`` to ``end`` defines: whole subclusters; in a new cluster also all
+    that the old one holds, and what lies between."""
+    if kind is RunKind.DATA or kind is RunKind.COMPRESSED:
+        return (start, end) if in_place else (0, geometry.cluster_bytes)
+    allocated = entry >> BITMAP_SHIFT & ALL_SUBCLUSTERS
+    size = geometry.subcluster_bytes
+    first, last = start // size, (end - 1) // size
+    if not in_place and allocated:
+        return min(first, (allocated & -allocated).bit_length() - 1) * size, max(last + 1, allocated.bit_length()) * size
+    # What the subcluster at either end holds already stays where it is.
+    return (
+        start if allocated >> first & 1 else first * size,
+        end if allocated >> last & 1 else (last + 1) * size,
+    )
 
 
 def _clusters(runs: list[Run], skip: int) -> Iterator[tuple[int, bool]]:

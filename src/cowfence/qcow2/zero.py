@@ -8,8 +8,9 @@ which reads as zeros where no backing file lies under it; elsewhere zeros are wr
 
 from __future__ import annotations
 
-from cowfence.qcow2.entries import ZERO
-from cowfence.qcow2.mapping import RunKind, decode
+from cowfence.qcow2.entries import ALL_SUBCLUSTERS, BITMAP_SHIFT, zeroed
+from cowfence.qcow2.geometry import SUBCLUSTERS
+from cowfence.qcow2.mapping import RunKind, cluster_runs, decode, reads_zero
 from cowfence.qcow2.reader import NeedsCommit
 from cowfence.qcow2.state import State
 from cowfence.qcow2.write import LinkHome, Writes, free_entry, grow_l1
@@ -38,7 +39,7 @@ class Zeroes:
                 # The last cluster of the disk is cut short by its end: all that the guest has of it becomes zero.
                 self._clusters(offset, geometry.cluster_bytes, unmap=unmap, discard=False, wait=wait)
                 return length_bytes
-            return self._zero_part(offset, min(length_bytes, geometry.cluster_bytes - within), wait=wait)
+            return self._zero_part(offset, min(length_bytes, geometry.cluster_bytes - within), unmap=unmap, wait=wait)
         return self._clusters(offset, length_bytes & ~geometry.cluster_mask, unmap=unmap, discard=False, wait=wait)
 
     def discard(self, offset: int, length_bytes: int, *, wait: bool) -> int:
@@ -65,7 +66,7 @@ class Zeroes:
         table = state.l2_table(l1_index, wait=wait, cached=True)
         first = offset >> geometry.cluster_bits & geometry.l2_entries - 1
         clusters = range(first, first + (length_bytes >> geometry.cluster_bits))
-        entries = [table.entries[at] if table is not None else 0 for at in clusters]
+        entries = [table.entry(at) if table is not None else 0 for at in clusters]
         self._enter(
             l1_index,
             [(at, 0, RunKind.ZERO, entry) for at, entry in zip(clusters, entries, strict=True) if entry],
@@ -74,18 +75,48 @@ class Zeroes:
         )
         return length_bytes
 
-    def _zero_part(self, offset: int, length_bytes: int, *, wait: bool) -> int:
+    def _zero_part(self, offset: int, length_bytes: int, *, unmap: bool, wait: bool) -> int:
         """Zeros inside one cluster: nothing to do where it reads as zeros, else data."""
         state = self._state
         geometry = state.geometry
         l1_index = offset >> geometry.l1_shift
         table = state.l2_table(l1_index, wait=wait, cached=False)
         l2_index = offset >> geometry.cluster_bits & geometry.l2_entries - 1
-        kind, _ = decode(state, l1_index, l2_index, table.entries[l2_index] if table is not None else 0)
-        start = offset & ~geometry.cluster_mask
-        if kind is RunKind.ZERO or (kind is RunKind.UNALLOCATED and state.reads_zero_below(start)):
+        entry = table.entry(l2_index) if table is not None else 0
+        found = list(cluster_runs(state, l1_index, l2_index, entry, offset, offset + length_bytes))
+        if all(
+            run.kind is RunKind.ZERO or (run.kind is RunKind.UNALLOCATED and state.reads_zero_below(run.offset))
+            for run in found
+        ):
             return length_bytes
+        if geometry.extended_l2 and found[0].kind is not RunKind.COMPRESSED:
+            return self._subclusters(l1_index, l2_index, entry, offset, length_bytes, unmap=unmap, wait=wait)
         return self._writes.write(offset, memoryview(bytes(length_bytes)), wait=wait)
+
+    def _subclusters(
+        self, l1_index: int, l2_index: int, entry: int, offset: int, length_bytes: int, *, unmap: bool, wait: bool
+    ) -> int:
+        """Zeros inside one cluster that has subclusters: whole ones by its entry, which keeps its host cluster, parts as
+        data."""
+        state = self._state
+        geometry = state.geometry
+        size = geometry.subcluster_bytes
+        lead = -offset % size
+        if lead or (length_bytes < size and offset + length_bytes != state.size):
+            return self._writes.write(offset, memoryview(bytes(min(lead or length_bytes, length_bytes))), wait=wait)
+        first = (offset & geometry.cluster_mask) // size
+        count = max(1, length_bytes // size)
+        bits = (1 << first + count) - (1 << first)
+        changed = entry & ~(bits << BITMAP_SHIFT) | bits << BITMAP_SHIFT + SUBCLUSTERS
+        if unmap and changed >> BITMAP_SHIFT == ALL_SUBCLUSTERS << SUBCLUSTERS:
+            change = (l2_index, zeroed(0, geometry), RunKind.SUBCLUSTERED, entry)
+        else:
+            change = (l2_index, changed, RunKind.UNALLOCATED, 0)
+        self._enter(l1_index, [change], discard=False, wait=wait)
+        done = min(count * size, length_bytes)
+        if state.record is not None:
+            state.record(offset, min(done, state.size - offset))
+        return done
 
     def _clusters(self, offset: int, length_bytes: int, *, unmap: bool, discard: bool, wait: bool) -> int:
         state = self._state
@@ -99,7 +130,7 @@ class Zeroes:
         first = offset >> bits & geometry.l2_entries - 1
         changes: list[tuple[int, int, RunKind, int]] = []
         for number in range(length_bytes >> bits):
-            entry = table.entries[first + number] if table is not None else 0
+            entry = table.entry(first + number) if table is not None else 0
             kind, host = decode(state, l1_index, first + number, entry)
             below_zero = state.reads_zero_below(offset + (number << bits))
             if kind is RunKind.UNALLOCATED and (below_zero or discard):
@@ -116,10 +147,11 @@ class Zeroes:
                 # Behind the end of the disk, where an alteration may work, whole clusters are zeroed.
                 inside = state.size - offset if offset < state.size else length_bytes
                 return self._write_zeros(offset, min(length_bytes, inside), wait=wait)
-            if kind is RunKind.DATA and not unmap and state.may_write_in_place(entry, wait=wait):
-                changes.append((first + number, entry | ZERO, RunKind.UNALLOCATED, 0))
+            keeps = kind is RunKind.DATA or kind is RunKind.SUBCLUSTERED
+            if keeps and host and not unmap and state.may_write_in_place(entry, wait=wait):
+                changes.append((first + number, zeroed(entry, geometry), RunKind.UNALLOCATED, 0))
             else:
-                changes.append((first + number, 0 if below_zero else ZERO, kind, entry))
+                changes.append((first + number, 0 if below_zero else zeroed(0, geometry), kind, entry))
         if changes:
             self._enter(l1_index, changes, discard=discard, wait=wait)
             if state.record is not None:
@@ -147,5 +179,5 @@ class Zeroes:
                 raise
         table = home()
         for l2_index, entry, kind, old in changes:
-            state.pending.set(table, l2_index, entry)
+            state.pending.link(table, l2_index, entry)
             free_entry(state, kind, old, discard=discard)
