@@ -84,10 +84,7 @@ class Zeroes:
         l2_index = offset >> geometry.cluster_bits & geometry.l2_entries - 1
         entry = table.entry(l2_index) if table is not None else 0
         found = list(cluster_runs(state, l1_index, l2_index, entry, offset, offset + length_bytes))
-        if all(
-            run.kind is RunKind.ZERO or (run.kind is RunKind.UNALLOCATED and state.reads_zero_below(run.offset))
-            for run in found
-        ):
+        if all(reads_zero(state, run) for run in found):
             return length_bytes
         if geometry.extended_l2 and found[0].kind is not RunKind.COMPRESSED:
             return self._subclusters(l1_index, l2_index, entry, offset, length_bytes, unmap=unmap, wait=wait)
