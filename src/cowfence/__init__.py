@@ -238,6 +238,7 @@ def create(
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
     compression_type: Literal["zlib", "zstd"] = "zlib",
+    extended_l2: bool = False,
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
     refs: Refs | None = None,
 ) -> Qcow2Disk:
@@ -262,6 +263,7 @@ def create(
         backing_format=backing_format,
         lazy_refcounts=lazy_refcounts,
         compression_type=compression_type,
+        extended_l2=extended_l2,
         preallocation=preallocation,
     )
     ops.create(path, options, refs=policy)

@@ -154,7 +154,14 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         (["create", "-o", "encryption=on", "x", "1M"], "x: unsupported: creating images with the option encryption"),
         (["create", "-o", "encrypt.format=luks", "x", "1M"], "x: unsupported: creating images with the option encrypt.format"),
         (["create", "-o", "data_file=d", "x", "1M"], "x: unsupported: creating images with the option data_file"),
-        (["create", "-o", "extended_l2=on", "x", "1M"], "x: unsupported: creating images with the option extended_l2"),
+        (
+            ["create", "-o", "extended_l2=on,cluster_size=4k", "x", "1M"],
+            "x: extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        ),
+        (
+            ["create", "-o", "extended_l2=on,compat=0.10", "x", "1M"],
+            "x: a table of extended L2 entries needs compatibility level 1.1",
+        ),
         (["create", "-b", "y", "x", "1M"], "x: backing file specified without backing format"),
         (["create", "-b", "json:{}", "-F", "raw", "x", "1M"], "json:{}: refused: the backing file's name has a protocol"),
         (["create", "-u", "-b", "nbd:a", "-F", "raw", "x", "1M"], "nbd:a: refused: the backing file's name has a protocol"),

@@ -27,7 +27,7 @@ QEMU_RECIPES = {
     "qemu-v2": ["-o", "cluster_size=4096,compat=0.10"],
     "qemu-1bit": ["-o", "cluster_size=4096,refcount_bits=1"],
 }
-OWN_RECIPES = ("ours-aged", "ours-2m", "ours-backed")
+OWN_RECIPES = ("ours-aged", "ours-2m", "ours-backed", "ours-extended")
 NAMES = (*QEMU_RECIPES, *OWN_RECIPES)
 
 
@@ -62,11 +62,16 @@ def corpus(name: str) -> bytes:
     storage = MemoryStorage(name="image")
     if name == "ours-2m":
         write_new(storage, NewImage(5 << 20, 2 << 20, 64))
+    elif name == "ours-extended":
+        write_new(storage, NewImage(200 << 10, 16384, backing_name="base", backing_format="raw", extended_l2=True))
     else:
         write_new(storage, NewImage(200 << 10, 4096, 8, backing_name="base", backing_format="raw"))
     disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
     disk.write(4096, tagged(4096, 20 << 10, 3))
     disk.zero(8192, 4096)
+    if name == "ours-extended":
+        disk.write(100 << 10, tagged(100 << 10, 1024, 4))
+        disk.write_compressed(32 << 10, tagged(32 << 10, 16 << 10, 5))
     disk.close()
     return storage.snapshot()
 

@@ -35,10 +35,12 @@ class Kind(NamedTuple):
     bitmaps: int
     backing: str
     preallocation: str
+    extended: bool
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", self.compression, self.backing]
         words += [f"s{self.snapshots}", f"b{self.bitmaps}", self.preallocation, *(["lazy"] if self.lazy else [])]
+        words += ["extended"] if self.extended else []
         return "-".join(words)
 
 
@@ -52,6 +54,7 @@ OPTIONS = {
     "bitmaps": (0, 1, 2),
     "backing": ("none", "raw", "qcow2"),
     "preallocation": ("off", "metadata"),
+    "extended": (False, True),
 }
 
 
@@ -61,7 +64,8 @@ def can_be(kind: Kind) -> bool:
         (old and (kind.refcount_bits != 16 or kind.lazy or kind.compression != "zlib" or kind.bitmaps))
         # A cluster that three compressed ones share is counted as high as two bits can.
         or (kind.snapshots and kind.refcount_bits <= 2)
-        or (kind.backing != "none" and kind.preallocation != "off")
+        or (kind.extended and (old or kind.cluster_bytes < 16384))
+        or (kind.backing != "none" and kind.preallocation != "off" and not kind.extended)
     )
 
 
@@ -147,7 +151,7 @@ def options(kind: Kind) -> str:
     found = [f"compat={'0.10' if kind.version == 2 else '1.1'}", f"cluster_size={kind.cluster_bytes}"]
     if kind.version == 3:
         found += [f"refcount_bits={kind.refcount_bits}", f"lazy_refcounts={'on' if kind.lazy else 'off'}"]
-        found += [f"compression_type={kind.compression}"]
+        found += [f"compression_type={kind.compression}", f"extended_l2={'on' if kind.extended else 'off'}"]
     return ",".join([*found, f"preallocation={kind.preallocation}"])
 
 
@@ -197,6 +201,7 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
         lazy_refcounts=kind.lazy,
         compression_type=kind.compression,  # type: ignore[arg-type]
         preallocation=kind.preallocation,  # type: ignore[arg-type]
+        extended_l2=kind.extended,
         **backing,  # type: ignore[arg-type]
     ) as disk:
         by_us(disk, guest, 12)

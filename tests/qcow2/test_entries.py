@@ -19,6 +19,7 @@ from cowfence.qcow2.entries import (
     Data,
     L1Entry,
     Mapping,
+    Subclustered,
     Zero,
     decode_l1,
     decode_l2,
@@ -26,6 +27,7 @@ from cowfence.qcow2.entries import (
     encode_l1,
     encode_l2,
     encode_refcount_table_entry,
+    zeroed,
 )
 from cowfence.qcow2.geometry import Geometry, HostOffset
 
@@ -47,6 +49,55 @@ def test_l2_words_come_back_or_are_refused(word: int, geometry: Geometry) -> Non
     except BadEntry:
         return
     assert encode_l2(mapping, geometry) == word
+
+
+EXTENDED = [Geometry(14, extended_l2=True), Geometry(16, extended_l2=True), Geometry(21, 6, extended_l2=True)]
+bitmaps = st.one_of(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.builds(lambda a, b: (a & ~b) << 32 | b, st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+    st.sampled_from([2**32 - 1, (2**32 - 1) << 32]),
+)
+
+
+@given(words, bitmaps, st.sampled_from(EXTENDED))
+def test_extended_entries_come_back_or_are_refused(word: int, bitmap: int, geometry: Geometry) -> None:
+    try:
+        mapping = decode_l2(bitmap << 64 | word, geometry)
+    except BadEntry:
+        return
+    expected = word if isinstance(mapping, Compressed) else bitmap << 64 | word
+    assert encode_l2(mapping, geometry) == expected
+
+
+@given(st.data(), st.sampled_from(EXTENDED))
+def test_subclusters_come_back(data: st.DataObject, geometry: Geometry) -> None:
+    host_offset = HostOffset(data.draw(st.integers(1, (1 << 56 - geometry.cluster_bits) - 1)) << geometry.cluster_bits)
+    zero = data.draw(st.integers(0, 2**32 - 2))
+    allocated = data.draw(st.integers(0, 2**32 - 2)) & ~zero
+    copied = data.draw(st.booleans())
+    mappings: list[Mapping] = [Subclustered(host_offset, copied, allocated, zero), Data(host_offset, copied)]
+    mappings += [Zero(host_offset, copied), ZERO_PLAIN, UNALLOCATED, Subclustered(None, False, 0, zero or 1)]
+    for mapping in mappings:
+        assert decode_l2(encode_l2(mapping, geometry), geometry) == mapping
+        assert zeroed(encode_l2(mapping, geometry), geometry) == encode_l2(
+            Zero(getattr(mapping, "host_offset", None), getattr(mapping, "copied", False)), geometry
+        )
+
+
+@pytest.mark.parametrize(
+    ("word", "bitmap", "what"),
+    [
+        (0x10000, 1 << 32 | 1, "allocated and read as zeros"),
+        (0, 1, "without a host offset"),
+        (COPIED, 1 << 40, "without a host offset"),
+        (0x10000 | 2, 1, "reserved bits"),
+        (0x10200, 1, "not aligned"),
+    ],
+)
+def test_bad_extended_entries_are_named(word: int, bitmap: int, what: str) -> None:
+    with pytest.raises(BadEntry, match=what):
+        decode_l2(bitmap << 64 | word, Geometry(16, extended_l2=True))
 
 
 @given(words, geometries)

@@ -224,7 +224,6 @@ def test_known_extensions_that_stand_twice_must_agree() -> None:
         ({"crypt_method": 2}, "LUKS"),
         ({"crypt_method": 3}, "encryption method 3"),
         ({"incompatible": Incompatible.DATA_FILE}, "external data file"),
-        ({"incompatible": Incompatible.EXTENDED_L2, "l1_entries": 4}, "extended L2"),
         ({"incompatible": Incompatible.COMPRESSION, "compression_type": 9}, "compression type 9"),
         ({"incompatible": 1 << 63}, "bit 63"),
     ],

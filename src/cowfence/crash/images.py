@@ -58,6 +58,8 @@ class ImageSpec(NamedTuple):
     """It has a persistent bitmap that records."""
     dirty: bool = False
     """Left by an engine that postpones refcounts: the dirty bit is set, and clusters in use have no count."""
+    extended: bool = False
+    """L2 entries are extended: clusters have subclusters."""
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", f"t{self.cache}"]
@@ -68,7 +70,7 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "diverged", "wide", "keeper", "bitmap", "dirty")
+_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "diverged", "wide", "keeper", "bitmap", "dirty", "extended")
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -124,8 +126,8 @@ def build(spec: ImageSpec) -> Built:
     """The image of a description. Raises Invalid for what cannot be."""
     if spec.version == 2 and spec.refcount_bits != 16:
         raise Invalid("version 2 has refcounts of 16 bits")
-    if spec.version == 2 and (spec.dirty or spec.bitmap):
-        raise Invalid("version 2 has neither dirty bit nor bitmaps")
+    if spec.version == 2 and (spec.dirty or spec.bitmap or spec.extended):
+        raise Invalid("version 2 has neither dirty bit, nor bitmaps, nor subclusters")
     if spec.cluster_bytes < SECTOR_BYTES:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
@@ -139,7 +141,8 @@ def build(spec: ImageSpec) -> Built:
     backing = _backing(spec, size)
     storage = MemoryStorage(name=IMAGE)
     named = {"backing_name": BACKING, "backing_format": spec.backing} if backing is not None else {}
-    write_new(storage, NewImage(size, cluster, spec.refcount_bits, spec.version, **named))  # type: ignore[arg-type]
+    wanted = NewImage(size, cluster, spec.refcount_bits, spec.version, extended_l2=spec.extended, **named)  # type: ignore[arg-type]
+    write_new(storage, wanted)
     content = storage.snapshot()
     if spec.aged:
         content = _aged(content, spec)
@@ -198,6 +201,11 @@ def _aged(content: bytes, spec: ImageSpec) -> bytes:
         steps += [("zero", 2 * cluster, cluster), ("keep", 3 * cluster, cluster)]
     if cluster == SECTOR_BYTES:
         steps += [("write", 70 * cluster, cluster)]
+    if spec.extended:
+        # Subclusters of every state side by side: in one cluster that was whole, and in one that never was.
+        part = cluster // 32
+        steps += [("keep", part, 2 * part), ("write", (AGED["free"] + 1) * cluster + 3 * part, part)]
+        steps += [("keep", (AGED["free"] + 1) * cluster + 5 * part, part)]
     content = _worked_on(content, steps)
     return compressed(content, [4 * cluster, 5 * cluster], share=spec.refcount_bits > 1)
 
@@ -209,6 +217,8 @@ class Patch:
         self.data = bytearray(content)
         self.bits = int(struct.unpack_from(">I", content, 20)[0])
         version = struct.unpack_from(">I", content, 4)[0]
+        self.step = 16 if version >= 3 and content[79] & 16 else 8
+        """Bytes of an L2 entry."""
         self.width = 1 << (struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4)
 
     def word(self, at: int) -> int:
@@ -243,9 +253,9 @@ class Patch:
 
     def l2_at(self, guest: int) -> int:
         """Where the L2 entry of a guest offset stands."""
-        l1, l2_bits = self.word(40), self.bits - 3
+        l1, l2_bits = self.word(40), self.bits - self.step.bit_length() + 1
         l2 = self.word(l1 + (guest >> self.bits + l2_bits) * 8) & _OFFSET
-        return l2 + (guest >> self.bits & (1 << l2_bits) - 1) * 8
+        return l2 + (guest >> self.bits & (1 << l2_bits) - 1) * self.step
 
     def append(self, data: bytes) -> int:
         """Put ``data`` into new clusters at the end; returns its offset. The counts are the caller's."""
@@ -280,6 +290,8 @@ def compressed(content: bytes, guests: list[int], *, share: bool = True) -> byte
     for guest, offset, length in places:
         sectors = (offset + length - 1) // 512 - offset // 512
         patch.put(patch.l2_at(guest), 1 << 62 | sectors << shift | offset)
+        if patch.step == 16:
+            patch.put(patch.l2_at(guest) + 8, 0)
     return bytes(patch.data)
 
 
@@ -294,7 +306,7 @@ def snapshotted(content: bytes, number: int = 0, size_bytes: int | None = None) 
         patch.put(l1 + index * 8, l1_entry)
         if l1_entry:
             patch.count(l1_entry // cluster, 1)
-            for at in range(l1_entry, l1_entry + cluster, 8):
+            for at in range(l1_entry, l1_entry + cluster, patch.step):
                 _count_entry(patch, at)
     copy = patch.append(bytes(patch.data[l1 : l1 + entries * 8]))
     for shared in range(copy // cluster, -(-(copy + entries * 8) // cluster)):
@@ -344,7 +356,7 @@ def _flagged(content: bytes) -> bytes:
     for _ in range(struct.unpack_from(">I", patch.data, 60)[0]):
         l1, entries = struct.unpack_from(">QI", patch.data, at)
         for l1_entry in struct.unpack_from(f">{entries}Q", patch.data, l1):
-            for entry_at in range(l1_entry, l1_entry + (1 << patch.bits) if l1_entry else 0, 8):
+            for entry_at in range(l1_entry, l1_entry + (1 << patch.bits) if l1_entry else 0, patch.step):
                 entry = patch.word(entry_at)
                 if entry & _OFFSET and not entry >> 62 and patch.counted((entry & _OFFSET) >> patch.bits) == 1:
                     patch.put(entry_at, entry | _COPIED)

@@ -212,11 +212,11 @@ class Judge:
 
     def _passing(self, structure: Structure, tables: set[Unit]) -> frozenset[Unit]:
         """The units of plain data that hold no table, compressed cluster or data of a snapshot."""
-        image, cluster_bytes = self._subject.image, structure.cluster_bytes
+        image, data_bytes = self._subject.image, structure.data_bytes
         return frozenset(
             unit
             for _, host_at in structure.data
-            for number in range(host_at // self._unit_bytes, (host_at + cluster_bytes - 1) // self._unit_bytes + 1)
+            for number in range(host_at // self._unit_bytes, (host_at + data_bytes - 1) // self._unit_bytes + 1)
             if (unit := (image, number)) not in tables
         )
 
@@ -224,7 +224,7 @@ class Judge:
         """The guest's sectors in those units."""
         data = []
         for guest_at, host_at in structure.data:
-            for at in range(0, structure.cluster_bytes, SECTOR_BYTES):
+            for at in range(0, structure.data_bytes, SECTOR_BYTES):
                 host, sector = host_at + at, (guest_at + at) // SECTOR_BYTES
                 unit = (self._subject.image, host // self._unit_bytes)
                 value = guest[guest_at + at : guest_at + at + SECTOR_BYTES]

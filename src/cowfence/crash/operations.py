@@ -320,7 +320,7 @@ def _amend_refcounts(run: Run, step: Step) -> None:  # noqa: ARG001
 def _amend_version(run: Run, step: Step) -> None:  # noqa: ARG001
     """Back and forth, where version 2 can hold the image."""
     header = run.disk.header
-    if header.version < 3 or not (header.snapshot_count or header.bitmaps):
+    if header.version < 3 or not (header.snapshot_count or header.bitmaps or header.geometry.extended_l2):
         with run.altering():
             amend_disk(run.disk, Amendment(version=5 - header.version))
 

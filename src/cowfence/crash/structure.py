@@ -22,6 +22,8 @@ _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _BACKING_FORMAT: Final = 0xE2792ACA
 _BITMAPS: Final = 0x23852875
 _DIRTY: Final = 1
+_EXTENDED_L2: Final = 16
+_SUBCLUSTERS: Final = 32
 _BITMAPS_VALID: Final = 1
 
 Touch = Callable[[int, int], None]
@@ -63,7 +65,9 @@ class Structure:
     blocks: list[int] = field(default_factory=list)
     """Host offsets of the refcount blocks."""
     data: list[tuple[int, int]] = field(default_factory=list)
-    """(guest offset, host offset) of each plain data cluster of the active disk."""
+    """(guest offset, host offset) of each plain data cluster, or subcluster, of the active disk."""
+    data_bytes: int = 512
+    """Length of each of them."""
     dirty: bool = False
     """The dirty bit is set."""
     bitmaps: list[Bitmap] = field(default_factory=list)
@@ -97,6 +101,7 @@ def active_digest(content: bytes) -> bytes:
     judge = _Judge(content, _untouched)
     judge.bits = struct.unpack_from(">I", content, 20)[0]
     judge.version = struct.unpack_from(">I", content, 4)[0]
+    judge.step = _step(content)
     judge.end = -(-len(content) // (1 << judge.bits))
     judge.tree(l1_offset, l1_size, "", active=False, data=digest.update)
     return digest.digest()
@@ -106,16 +111,23 @@ def locate(content: bytes, guest_offset: int) -> Place | None:
     """The L2 entry of a guest offset; None where the tables cannot be followed. ``host_offset`` 0: it leads nowhere."""
     try:
         bits, l1_at = struct.unpack_from(">I", content, 20)[0], struct.unpack_from(">Q", content, 40)[0]
-        l2_bits = bits - 3
+        step = _step(content)
+        l2_bits = bits - step.bit_length() + 1
         l1_index, l2_index = guest_offset >> bits + l2_bits, guest_offset >> bits & (1 << l2_bits) - 1
         l2_at = struct.unpack_from(">Q", content, l1_at + l1_index * 8)[0] & _OFFSET
         if not l2_at:
             return Place(f"L1[{l1_index}]", l1_at + l1_index * 8, 0)
-        entry = struct.unpack_from(">Q", content, l2_at + l2_index * 8)[0]
+        entry = struct.unpack_from(">Q", content, l2_at + l2_index * step)[0]
     except struct.error:
         return None
     host = entry & (1 << 62 - (bits - 8)) - 1 & ~511 if entry & _COMPRESSED else entry & _OFFSET
-    return Place(f"L2[{l1_index}][{l2_index}]", l2_at + l2_index * 8, host)
+    return Place(f"L2[{l1_index}][{l2_index}]", l2_at + l2_index * step, host)
+
+
+def _step(content: bytes) -> int:
+    """Bytes of an L2 entry."""
+    version, incompatible = struct.unpack_from(">I", content, 4)[0], struct.unpack_from(">Q", content, 72)[0]
+    return 16 if version >= 3 and incompatible & _EXTENDED_L2 else 8
 
 
 def _untouched(offset: int, length_bytes: int) -> None:
@@ -142,7 +154,9 @@ class _Judge:
         )
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
         self.bits, self.order, self.version = bits, order, version
+        self.step = _step(content)
         self.result.cluster_bytes = 1 << bits
+        self.result.data_bytes = (1 << bits) // (_SUBCLUSTERS if self.step == 16 else 1)
         self.end = -(-len(content) // (1 << bits))
         self.table_at = table
         self._header_facts(version, size)
@@ -275,12 +289,33 @@ class _Judge:
             self._refer(l2_offset >> self.bits, what, at)
             if active and l1_entry & _COPIED:
                 self.copied[l2_offset >> self.bits] = (what, at)
-            for l2_index, entry in enumerate(self._words(l2_offset, cluster_bytes >> 3)):
-                if entry:
-                    guest = (l1_index << self.bits - 3 | l2_index) << self.bits
-                    self._entry(entry, f"{prefix}L2[{l1_index}][{l2_index}]", l2_offset + l2_index * 8, guest, active=active)
-                    if data is not None and (held := self._cluster(entry)) is not None:
-                        data(b"%d:" % guest + held)
+            words = self._words(l2_offset, cluster_bytes >> 3)
+            entries = cluster_bytes // self.step
+            for l2_index in range(entries):
+                entry = words[l2_index * (self.step >> 3)]
+                bitmap = words[2 * l2_index + 1] if self.step == 16 else None
+                if entry or bitmap:
+                    guest = (l1_index * entries + l2_index) << self.bits
+                    what, at = f"{prefix}L2[{l1_index}][{l2_index}]", l2_offset + l2_index * self.step
+                    self._entry(entry, bitmap, what, at, guest, active=active)
+                    for start, held in self._held(entry, bitmap) if data is not None else ():
+                        assert data is not None
+                        data(b"%d:" % (guest + start) + held)
+
+    def _held(self, entry: int, bitmap: int | None) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of what a cluster of a snapshot holds itself; the rest is the backing file's, and stays as it is."""
+        if bitmap is None or entry & _COMPRESSED:
+            held = self._cluster(entry)
+            return [] if held is None else [(0, held)]
+        size, found = self.result.data_bytes, []
+        for number in range(_SUBCLUSTERS):
+            if bitmap >> number & 1:
+                host = (entry & _OFFSET) + number * size
+                self.touch(host, size)
+                found.append((number * size, self.content[host : host + size].ljust(size, b"\0")))
+            elif bitmap >> _SUBCLUSTERS + number & 1:
+                found.append((number * size, bytes(size)))
+        return found
 
     def _cluster(self, entry: int) -> bytes | None:
         """What a cluster of a snapshot reads as; None where it is the backing file's, which stays as it is."""
@@ -301,7 +336,7 @@ class _Judge:
         self.touch(entry & _OFFSET, cluster_bytes)
         return self.content[entry & _OFFSET :][:cluster_bytes].ljust(cluster_bytes, b"\0")
 
-    def _entry(self, entry: int, what: str, at: int, guest: int, *, active: bool) -> None:
+    def _entry(self, entry: int, bitmap: int | None, what: str, at: int, guest: int, *, active: bool) -> None:
         if entry & _COMPRESSED:
             shift = 62 - (self.bits - 8)
             offset = entry & (1 << shift) - 1
@@ -316,21 +351,28 @@ class _Judge:
             return
         host = entry & _OFFSET
         zero = entry & 1
+        whole = (1 << _SUBCLUSTERS) - 1
+        # As if a plain cluster were one subcluster.
+        allocated = (0 if zero else 1) if bitmap is None else bitmap & whole
+        zeroed = zero if bitmap is None else bitmap >> _SUBCLUSTERS
         if (
             entry & ~(_OFFSET | _COPIED | 1)
             or host & (1 << self.bits) - 1
-            or (zero and self.version < 3)
-            or (not host and not zero)
+            or (zero and (self.version < 3 or bitmap is not None))
+            or (not host and (allocated or not zeroed))
+            or allocated & zeroed
         ):
-            self._find(f"{what} is {entry:#x}", at)
+            self._find(f"{what} is {entry:#x}" + (f" with the bitmap {bitmap:#x}" if bitmap else ""), at)
         elif host:
             cluster = host >> self.bits
             self._refer(cluster, what, at)
             if active:
                 if entry & _COPIED:
                     self.copied[cluster] = (what, at)
-                if not zero:
-                    self.result.data.append((guest, host))
+                size = self.result.data_bytes
+                self.result.data += [
+                    (guest + n * size, host + n * size) for n in range(allocated.bit_length()) if allocated >> n & 1
+                ]
             if cluster in self.tables:
                 self._find(f"{what} leads onto the {self.tables[cluster]}", at, host)
 

@@ -53,6 +53,18 @@ def all_images() -> list[ImageSpec]:
         ImageSpec(dirty=True, aged=True, refcount_bits=1),
         ImageSpec(dirty=True, aged=True, snapshots=1, cache=1, backing="raw"),
         ImageSpec(dirty=True, aged=True, cluster_bytes=4096, refcount_bits=64),
+        *(
+            ImageSpec(extended=True, cluster_bytes=cluster, **options)
+            for cluster, options in (
+                (16384, {}),
+                (65536, {"backing": "qcow2"}),
+                (16384, {"aged": True, "backing": "raw", "cache": 1}),
+                (16384, {"aged": True, "snapshots": 1, "diverged": True}),
+                (65536, {"aged": True, "snapshots": 2, "backing": "qcow2", "cache": 2}),
+                (16384, {"aged": True, "keeper": True, "refcount_bits": 64, "backing": "qcow2"}),
+                (16384, {"aged": True, "bitmap": True, "refcount_bits": 1, "discards": False}),
+            )
+        ),
         ImageSpec(refcount_bits=64, full=True),
         ImageSpec(refcount_bits=64, full=True, cache=1),
     ]

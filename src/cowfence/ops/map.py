@@ -133,7 +133,7 @@ def _entry(extent: Extent, layers: list[_Layer]) -> MapEntry:
         start=extent.start,
         length_bytes=extent.length_bytes,
         depth=extent.depth,
-        present=extent.present or extent.host_offset is not None,
+        present=extent.present or (layers[extent.depth].disk is None and extent.host_offset is not None),
         zero=extent.zero,
         data=extent.data,
         offset=extent.host_offset,

@@ -58,7 +58,7 @@ def geometry_of(wanted: NewImage) -> Geometry:
             (wanted.refcount_bits != 16, "a refcount width other than 16 bits"),
             (wanted.lazy_refcounts, "lazy refcounts"),
             (wanted.compression_type != 0, "a compression type other than zlib"),
-            (wanted.extended_l2, "extended L2 entries"),
+            (wanted.extended_l2, "a table of extended L2 entries"),
         ):
             if wrong:
                 raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")

@@ -148,18 +148,22 @@ def cluster_runs(state: State, l1_index: int, l2_index: int, entry: int, offset:
 
 
 def subcluster_runs(geometry: Geometry, entry: int, offset: int, end: int) -> Iterator[GuestRun]:
-    """The same where the subclusters are in different states: one run for each, also if neighbours have the same."""
+    """The same where the subclusters are in different states. UNALLOCATED with a ``host``: a place that is kept for it."""
     bitmap, host = entry >> BITMAP_SHIFT, entry & OFFSET_MASK
-    within_mask = geometry.subcluster_bytes - 1
+    allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
+    states = (
+        (RunKind.DATA, allocated),
+        (RunKind.ZERO, zero),
+        (RunKind.UNALLOCATED, ALL_SUBCLUSTERS & ~(allocated | zero)),
+    )
+    cluster = offset & ~geometry.cluster_mask
     while offset < end:
-        within = offset & geometry.cluster_mask
-        subcluster = within // geometry.subcluster_bytes
-        stop = min(end, (offset | within_mask) + 1)
-        if bitmap >> subcluster & 1:
-            yield GuestRun(RunKind.DATA, offset, stop - offset, host + within, entry)
-        else:
-            kind = RunKind.ZERO if bitmap >> SUBCLUSTERS + subcluster & 1 else RunKind.UNALLOCATED
-            yield GuestRun(kind, offset, stop - offset, 0, entry)
+        subcluster = (offset - cluster) // geometry.subcluster_bytes
+        kind, same = next((kind, bits >> subcluster) for kind, bits in states if bits >> subcluster & 1)
+        # The lowest bit that is clear ends the run.
+        count = (~same & same + 1).bit_length() - 1
+        stop = min(end, cluster + (subcluster + count) * geometry.subcluster_bytes)
+        yield GuestRun(kind, offset, stop - offset, host + offset - cluster if host else 0, entry)
         offset = stop
 
 

@@ -33,15 +33,17 @@ def extents(state: State, plans: Plans, enter: Callable[[int, int], None], offse
             elif kind is RunKind.ZERO:
                 yield Extent(start, run_bytes, zero=True, data=False, present=True, host_offset=host or None)
             else:
-                yield from _below(state, start, run_bytes)
+                yield from _below(state, start, run_bytes, host or None)
         offset += piece
 
 
-def _below(state: State, start: int, length_bytes: int) -> Iterator[Extent]:
-    """The states of an unallocated run: those of the backing disk one level deeper, a hole past its end."""
+def _below(state: State, start: int, length_bytes: int, host: int | None) -> Iterator[Extent]:
+    """The states of an unallocated run: those of the backing disk one level deeper, a hole past its end. ``host``: the place
+    that is kept for it."""
     inside = max(0, min(length_bytes, state.backing_bytes - start))
     if inside and state.backing is not None:
         for extent in state.backing.extents(start, inside):
             yield extent._replace(depth=extent.depth + 1)
     if inside < length_bytes:
-        yield Extent(start + inside, length_bytes - inside, zero=True, data=False, present=False)
+        kept = None if host is None else host + inside
+        yield Extent(start + inside, length_bytes - inside, zero=True, data=False, present=False, host_offset=kept)
