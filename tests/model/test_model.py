@@ -34,10 +34,16 @@ from cowfence.units import KIB, MIB, SECTOR_BYTES
 from crash.scenarios import compressed, image, short_l1, snapshotted, written
 from judges import run
 
-SIZES = {512: 100 * KIB + 512, 4096: 2 * MIB + 50 * KIB, 65536: 600 * KIB + 512, 2 * MIB: 5 * MIB + 1024}
+SIZES = {
+    512: 100 * KIB + 512,
+    4096: 2 * MIB + 50 * KIB,
+    16384: 200 * KIB + 512,
+    65536: 600 * KIB + 512,
+    2 * MIB: 5 * MIB + 1024,
+}
 """Bytes of the disk for each cluster size: more than one L2 table where that is cheap, and a last cluster that is cut short."""
 
-EXAMPLES = {512: 40, 4096: 25, 65536: 15, 2 * MIB: 10}
+EXAMPLES = {512: 40, 4096: 25, 16384: 20, 65536: 15, 2 * MIB: 10}
 """Runs for each cluster size, most where the tables are smallest."""
 
 STEPS = 50
@@ -51,6 +57,7 @@ class Shape:
     cluster_bytes: int
     refcount_bits: int
     version: int
+    extended: bool
     backing: tuple[str, bool] | None
     cache_tables: int
     on_file: bool
@@ -63,7 +70,8 @@ def shapes(cluster_bytes: int) -> st.SearchStrategy[Shape]:
         Shape,
         cluster_bytes=st.just(cluster_bytes),
         refcount_bits=st.sampled_from([16, 1, 64]),
-        version=st.sampled_from([3, 2]),
+        version=st.sampled_from([3, 2]) if cluster_bytes != 16384 else st.just(3),
+        extended=st.booleans() if cluster_bytes == 65536 else st.just(cluster_bytes == 16384),
         backing=st.sampled_from([None, ("raw", False), ("raw", True), ("qcow2", False), ("qcow2", True)]),
         cache_tables=st.sampled_from([64, 1, 2]),
         on_file=st.sampled_from([False, False, False, True]),
@@ -128,6 +136,7 @@ class Model(RuleBasedStateMachine):
                 shape.cluster_bytes,
                 shape.refcount_bits if shape.version == 3 else 16,
                 shape.version,
+                extended_l2=shape.extended and shape.version == 3,
                 backing_name=backing_name,
                 backing_format=backing_format,
             )

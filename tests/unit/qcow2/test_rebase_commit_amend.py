@@ -26,13 +26,14 @@ from cowfence.storage.fault import FaultPlan, FaultyStorage
 from cowfence.storage.memory import MemoryStorage
 from helpers_check import QUIET
 
-GEOMETRIES = [(512, 16, 3), (512, 16, 2), (4096, 1, 3), (65536, 64, 3)]
+GEOMETRIES = [(512, 16, 3), (512, 16, 2), (4096, 1, 3), (65536, 64, 3), (16384, 16, 3)]
+"""Clusters of 16 KiB have subclusters here."""
 
 
 def new(size_bytes: int, cluster_bytes: int = 512, bits: int = 16, version: int = 3, *, backed: bool = True) -> MemoryStorage:
     memory = MemoryStorage(name="image")
     named = {"backing_name": "below", "backing_format": "raw"} if backed else {}
-    write_new(memory, NewImage(size_bytes, cluster_bytes, bits, version, **named))  # type: ignore[arg-type]
+    write_new(memory, NewImage(size_bytes, cluster_bytes, bits, version, extended_l2=cluster_bytes == 16384, **named))  # type: ignore[arg-type]
     return memory
 
 

@@ -15,6 +15,7 @@ from cowfence.errors import CowfenceError, Invalid, ReadOnly, Unsupported
 from cowfence.ops.resize import resize, resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot
 from cowfence.qcow2.create import NewImage, write_new
+from cowfence.qcow2.geometry import Geometry
 from cowfence.qcow2.image import Qcow2Disk, open_image
 from cowfence.qcow2.verify import verify
 from cowfence.storage.base import Storage
@@ -31,7 +32,7 @@ def opened(storage: Storage, below: bytes | None = None) -> Qcow2Disk:
 def new(size_bytes: int, cluster_bytes: int = 512, bits: int = 16, version: int = 3, *, backed: bool = False) -> MemoryStorage:
     memory = MemoryStorage(name="image")
     named = {"backing_name": "below", "backing_format": "raw"} if backed else {}
-    write_new(memory, NewImage(size_bytes, cluster_bytes, bits, version, **named))  # type: ignore[arg-type]
+    write_new(memory, NewImage(size_bytes, cluster_bytes, bits, version, extended_l2=cluster_bytes == 16384, **named))  # type: ignore[arg-type]
     return memory
 
 
@@ -44,7 +45,7 @@ def check_clean(content: bytes) -> None:
 @pytest.mark.parametrize("backed", [False, True])
 @pytest.mark.parametrize(
     ("cluster_bytes", "bits", "version"),
-    [(512, 16, 3), (512, 16, 2), (512, 1, 3), (4096, 64, 3), (4096, 16, 2), (65536, 16, 3)],
+    [(512, 16, 3), (512, 16, 2), (512, 1, 3), (4096, 64, 3), (4096, 16, 2), (65536, 16, 3), (16384, 16, 3)],
 )
 def test_a_walk_of_sizes(cluster_bytes: int, bits: int, version: int, backed: bool) -> None:
     rng = random.Random(cluster_bytes * bits + version + backed)
@@ -84,6 +85,25 @@ def test_a_walk_of_sizes(cluster_bytes: int, bits: int, version: int, backed: bo
         assert disk.read(0, disk.size) == now, verb
     disk.close()
     check_clean(memory.snapshot())
+
+
+def test_tables_of_subclusters_are_dropped_whole() -> None:
+    """Data, part of a cluster, compressed and zero clusters behind the new end, in tables of which none is left."""
+    coverage = Geometry(14, extended_l2=True).l2_coverage_bytes
+    memory = new(4 * coverage, 16384)
+    disk = opened(memory)
+    for at in (0, coverage + 16384, 2 * coverage, 4 * coverage - 65536):
+        disk.write(at, b"d" * 40000)
+        disk.write_compressed(at + 49152 - at % 16384, b"c" * 16384)
+        disk.zero(at + 512, 1024)
+    resize_disk(disk, 16384, shrink=True)
+    assert disk.read(0, 512) == b"d" * 512
+    resize_disk(disk, 4 * coverage)
+    assert disk.read(16384, 65536) == bytes(65536)
+    assert disk.read(2 * coverage, 65536) == bytes(65536)
+    disk.close()
+    check_clean(memory.snapshot())
+    assert verify(MemoryStorage(memory.snapshot(), name="image", writable=False)).allocated_clusters == 1
 
 
 def test_a_snapshot_keeps_its_size_and_comes_back() -> None:
