@@ -239,6 +239,8 @@ def create(
     lazy_refcounts: bool = False,
     compression_type: Literal["zlib", "zstd"] = "zlib",
     extended_l2: bool = False,
+    data_file: str | None = None,
+    data_file_raw: bool = False,
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
     refs: Refs | None = None,
 ) -> Qcow2Disk:
@@ -246,6 +248,8 @@ def create(
 
     ``backing``: the name to store, relative to the new image's directory, with its ``backing_format`` ("qcow2" or "raw"); then
     ``size`` may be None, for that of the backing file. ``refs``: the policy by which that is opened, as in ``open``.
+    ``data_file``: the name of a file for the guest's data, which is made, too, and replaced; ``data_file_raw``: it can be read by
+    itself.
 
     Raises Invalid (options that make no image), Refused, Locked (the file to replace is in use), NoSpace, StorageFailed; then
     what stood at the path still does.
@@ -264,6 +268,8 @@ def create(
         lazy_refcounts=lazy_refcounts,
         compression_type=compression_type,
         extended_l2=extended_l2,
+        data_file=data_file,
+        data_file_raw=data_file_raw,
         preallocation=preallocation,
     )
     ops.create(path, options, refs=policy)

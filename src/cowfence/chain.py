@@ -24,11 +24,12 @@ from cowfence.disk.opener import Identity, OpenFile, Place, Refs, printable
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Refused, Unsupported
 from cowfence.qcow2.describe import probe
+from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.header import Header, check_supported, read_header
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
-from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
+from cowfence.storage.host import go_direct
 from cowfence.storage.locks import ImageLock
 
 __all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
@@ -114,7 +115,6 @@ def open_chain(
         raise Invalid(f"{name}: a keeper is for a locked qcow2 image that is open for writing and not in unsafe mode")
     if snapshot is not None and (format != "qcow2" or writable):
         raise Invalid(f"{name}: an internal snapshot is read from a qcow2 image, and never written")
-    journal: Journal | None = None
     storage = FileStorage.open(
         path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
     )
@@ -128,15 +128,17 @@ def open_chain(
             force_share=force_share,
             assume_format=assume_backing_format,
         )
-        place = Place.of_top(storage.fileno(), path, name) if backing else None
-        if keeper:
-            from cowfence.keeper.start import start_keeper  # Starting processes is a heavy module, and seldom asked for.
-
-            journal = start_keeper(storage)
-        return _open_qcow2(storage, place, way, writable=writable, journal=journal, snapshot=snapshot)
+        return _open_qcow2(
+            storage,
+            Place.of_top(storage.fileno(), path, name),
+            way,
+            writable=writable,
+            backing=backing,
+            direct=direct,
+            keeper=keeper,
+            snapshot=snapshot,
+        )
     except BaseException:
-        if journal is not None:
-            journal.close()
         storage.close()
         raise
 
@@ -190,28 +192,62 @@ class _Target:
 
 
 def _open_qcow2(
-    storage: Storage,
-    place: Place | None,
+    storage: FileStorage,
+    place: Place,
     way: _Way,
     *,
     writable: bool,
-    journal: Journal | None = None,
+    backing: bool = True,
+    direct: bool = False,
+    keeper: bool = False,
     snapshot: str | None = None,
 ) -> Qcow2Disk:
-    """The image in ``storage``, which stays the caller's if this fails. ``place``: None opens no backing file."""
+    """The image in ``storage``, which stays the caller's if this fails, over what it names."""
+    header = read_header(storage)
+    # An image that cannot be read must not make us open anything.
+    check_supported(header, storage.name)
     below: Disk | None = None
-    if place is not None:
-        header = read_header(storage)
-        # An image that cannot be read must not make us open anything.
-        check_supported(header, storage.name)
-        if header.backing_file is not None:
-            below = _open_backing(header.backing_file, backing_format_of(header, place.name, way.assume_format), place, way)
+    data: FileStorage | None = None
+    journal: Journal | None = None
     try:
-        return open_image(storage, backing=below, writable=writable, options=way.options, journal=journal, snapshot=snapshot)
+        if header.incompatible & Incompatible.DATA_FILE:
+            data = _open_data(header.data_file, place, way, writable=writable, direct=direct)
+        if backing and header.backing_file is not None:
+            below = _open_backing(header.backing_file, backing_format_of(header, place.name, way.assume_format), place, way)
+        if keeper:
+            from cowfence.keeper.start import start_keeper  # Starting processes is a heavy module, and seldom asked for.
+
+            journal = start_keeper(storage, data)
+        return open_image(
+            storage,
+            backing=below,
+            data=data,
+            writable=writable,
+            options=way.options,
+            journal=journal,
+            snapshot=snapshot,
+        )
     except BaseException:
-        if below is not None:
-            below.close()
+        for opened in (journal, below, data):
+            if opened is not None:
+                opened.close()
         raise
+
+
+def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool, direct: bool) -> FileStorage:
+    """The external data file of the image at ``place``. Raises Refused where the image does not name it, or names what the
+    policy does not allow."""
+    kind = "external data file"
+    if reference is None:
+        raise Refused(place.name, f"the image has an {kind}, but does not name it")
+    opened = way.refs.follow(reference, place, kind=kind, writable=writable)
+    if direct:
+        try:
+            go_direct(opened.fd, opened.name)
+        except BaseException:
+            os.close(opened.fd)
+            raise
+    return lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
 
 
 def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Qcow2Disk | RawDisk:

@@ -44,6 +44,8 @@ _CONVERT: Final[dict[str, Callable[[str], object]]] = {
     "cluster_size": parse_size,
     "compat": _one_of(tuple(_VERSIONS)),
     "compression_type": _one_of(tuple(COMPRESSION_TYPES)),
+    "data_file": str,
+    "data_file_raw": _switch,
     "extended_l2": _switch,
     "lazy_refcounts": _switch,
     "preallocation": _one_of(PREALLOCATIONS),
@@ -56,6 +58,8 @@ OPTIONS: Final = {
     "cluster_size=<size>": "512 to 2M, a power of two (default: 64k)",
     "compat=<str>": "v2 (0.10) or v3 (1.1, the default)",
     "compression_type=<str>": "zlib (default), zstd",
+    "data_file=<str>": "name of the external data file, which is created, too",
+    "data_file_raw=<on/off>": "the data file can be read by itself (default: off)",
     "extended_l2=<on/off>": "clusters have 32 subclusters, each allocated by itself; clusters of 16k or more (default: off)",
     "lazy_refcounts=<on/off>": "the image may postpone refcount updates (default: off)",
     "preallocation=<str>": "off (default), metadata, falloc, full",
@@ -65,7 +69,7 @@ OPTIONS: Final = {
 """Each option with one line of help. A raw image has ``preallocation`` and ``size``."""
 
 _RAW: Final = ("preallocation", "size")
-_NOT_HERE: Final = re.compile(r"data_file|data_file_raw|encryption|encrypt\..+")
+_NOT_HERE: Final = re.compile(r"encryption|encrypt\..+")
 
 
 class GivenOptions:
@@ -122,6 +126,8 @@ _FIELDS: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
     "cluster_size": ("cluster_bytes", _as_it_is),
     "compat": ("version", lambda text: _VERSIONS[str(text)]),
     "compression_type": ("compression_type", _as_it_is),
+    "data_file": ("data_file", _as_it_is),
+    "data_file_raw": ("data_file_raw", _as_it_is),
     "extended_l2": ("extended_l2", _as_it_is),
     "lazy_refcounts": ("lazy_refcounts", _as_it_is),
     "preallocation": ("preallocation", _as_it_is),

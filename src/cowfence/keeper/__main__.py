@@ -29,16 +29,17 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     name = sys.argv[1]
-    image, own, memory, writer = map(int, sys.argv[2:])
+    memory, writer, image, own, *external = map(int, sys.argv[2:])
     journal = Journal(mmap.mmap(memory, os.fstat(memory).st_size))
     storage = FileStorage.from_fd(own, name, writable=True)
+    data = FileStorage.from_fd(external[1], f"{name}: external data file", writable=True) if external else None
     hold_byte(own, KEEPER_BYTE)
     # The writer may have died meanwhile. Where we replace another keeper, it may have left something to be done.
     with suppress(BrokenPipeError):
         os.write(_OUTPUT, b"ready\n")
     os.close(_OUTPUT)
     _wait(writer, journal)
-    return 0 if journal.closed else _finish(journal, storage, image)
+    return 0 if journal.closed else _finish(journal, storage, data, [image, *external[:1]])
 
 
 def _wait(writer: int, journal: Journal) -> None:
@@ -55,17 +56,19 @@ def _wait(writer: int, journal: Journal) -> None:
             poll.unregister(_INPUT)
 
 
-def _finish(journal: Journal, storage: FileStorage, image: int) -> int:
-    if not holds_writers_lock(image, storage.fileno()):
+def _finish(journal: Journal, storage: FileStorage, data: FileStorage | None, shared: list[int]) -> int:
+    """``shared``: the descriptors in which the writer's locks live, that of the image first."""
+    if not holds_writers_lock(shared[0], storage.fileno()):
         if next(journal.unretired(), None) is None:
             return 0
         _say(f"{storage.name}: the writer died, and its lock was gone: what it did since its last flush is lost")
         return 1
     try:
-        done = replay(storage, journal)
+        done = replay(storage, journal, data)
     finally:
         # By hand: a forked child of the writer may hold the description open.
-        release_all(image)
+        for fd in shared:
+            release_all(fd)
     if done.failure is not None:
         _say(f"{storage.name}: the writer died, and its last writes could not all be completed: {done.failure}")
         return 1

@@ -1,10 +1,11 @@
 """The writer's side of the keeper: memory that both share, and the process, started, watched and ended.
 
-The keeper is started by exec, never by a fork that goes on in Python, and inherits four descriptors:
+The keeper is started by exec, never by a fork that goes on in Python, and inherits these descriptors:
 
 - the image, with the writer's open file description: the lock lives in it, so the lock outlives the writer;
 - the image again, with a description of its own, opened before: a fence through it hears of every write that the kernel has
   lost since, also of one that the writer was told of and took to its grave;
+- where the guest's data has a file of its own, both once more for that;
 - the memory of the journal;
 - a pidfd of the writer, opened by the writer itself, so that it can mean nobody else.
 
@@ -50,8 +51,9 @@ _LONGEST_PAUSE_SECONDS: Final = 30.0
 class KeptJournal(Journal):
     """A journal in memory shared with a keeper process. Made by ``start_keeper``."""
 
-    def __init__(self, storage: FileStorage) -> None:
+    def __init__(self, storage: FileStorage, data: FileStorage | None) -> None:
         self._storage = storage
+        self._data = data
         self._guard = threading.Lock()
         """Held while the process is started or ended."""
         self._closing = threading.Event()
@@ -79,12 +81,14 @@ class KeptJournal(Journal):
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[bytes]:
-        image = self._storage.fileno()
-        own = above_standard(os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC))
+        shared = [file.fileno() for file in (self._storage, self._data) if file is not None]
+        own: list[int] = []
         try:
+            own += (above_standard(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)) for fd in shared)
             writer = above_standard(os.pidfd_open(os.getpid()))
             try:
-                descriptors = (image, own, self._memory_fd, writer)
+                files = (number for pair in zip(shared, own, strict=True) for number in pair)
+                descriptors = (self._memory_fd, writer, *files)
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "cowfence.keeper", self._storage.name, *map(str, descriptors)],
                     bufsize=0,  # No buffer, no lock of it that a fork could inherit.
@@ -100,7 +104,8 @@ class KeptJournal(Journal):
             finally:
                 os.close(writer)
         finally:
-            os.close(own)
+            for fd in own:
+                os.close(fd)
         try:
             _await_ready(process)
         except BaseException:
@@ -205,13 +210,14 @@ def _close_input(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def start_keeper(storage: FileStorage) -> KeptJournal:
-    """A journal for the image in ``storage``, which is open for writing and locked, and a keeper that watches over it.
+def start_keeper(storage: FileStorage, data: FileStorage | None = None) -> KeptJournal:
+    """A journal for the image in ``storage``, which is open for writing and locked, as its external ``data`` file is, and a
+    keeper that watches over them.
 
     Raises CowfenceError where this host does not let us have one.
     """
     try:
-        return KeptJournal(storage)
+        return KeptJournal(storage, data)
     except OSError as error:
         raise CowfenceError(
             f"{storage.name}: the keeper cannot be started: {error.strerror or error}; without it (--no-keeper) a kill may "

@@ -8,6 +8,7 @@ Its name is stored as it was given, relative to the directory of the new image; 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -45,6 +46,8 @@ class CreateOptions:
     lazy_refcounts: bool = False
     compression_type: str = "zlib"
     extended_l2: bool = False
+    data_file: str | None = None
+    data_file_raw: bool = False
     preallocation: str = "off"
 
 
@@ -68,6 +71,7 @@ class Created:
             "compat": "0.10" if options.version == 2 else "1.1",
             "compression-type": options.compression_type,
             "extended-l2": options.extended_l2,
+            **({} if options.data_file is None else {"data-file": options.data_file, "data-file-raw": options.data_file_raw}),
             "lazy-refcounts": options.lazy_refcounts,
             "preallocation": options.preallocation,
             "refcount-bits": options.refcount_bits,
@@ -86,13 +90,28 @@ def create(
     in use), NoSpace, StorageFailed. Nothing is left behind then, and what stood at the path still does.
     """
     settled = settle(path, options, open_backing=open_backing, refs=refs)
-    with NewFile(path) as new:
-        if new.in_place:
-            raise Unsupported(new.path, "creating an image on a block device")
-        write_empty(new.storage, settled)
+    with ExitStack() as files:
+        new = _new_file(files, path)
+        data = None if settled.data_file is None else _new_file(files, data_path(path, settled.data_file))
+        write_empty(new.storage, settled, None if data is None else data.storage)
+        if data is not None:
+            # First, so that no image ever names a file that is not there.
+            data.publish()
         new.publish()
     assert settled.size_bytes is not None  # since settle
     return Created(os.fspath(path), settled.size_bytes, settled)
+
+
+def _new_file(files: ExitStack, path: str | os.PathLike[str]) -> NewFile:
+    new = files.enter_context(NewFile(path))
+    if new.in_place:
+        raise Unsupported(new.path, "creating an image on a block device")
+    return new
+
+
+def data_path(path: str | os.PathLike[str], data_file: str) -> str:
+    """Where the external data file of the image at ``path`` stands."""
+    return os.path.join(os.path.dirname(os.fspath(path)), data_file)
 
 
 def settle(
@@ -101,6 +120,8 @@ def settle(
     """The options checked against each other, with the size filled in; writes nothing. Raises as ``create`` does."""
     name = printable(os.fspath(path))
     _check_options(options, name)
+    if options.data_file is not None and _same_file(path, data_path(path, options.data_file)):
+        raise Invalid(f"{name}: an image cannot be its own external data file")
     size_bytes = options.size_bytes
     if options.backing is not None:
         check_name(options.backing)
@@ -124,6 +145,12 @@ def settle(
     return settled
 
 
+def _same_file(path: str | os.PathLike[str], other: str) -> bool:
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    return bool(identities := _identity_of(path)) and identities == _identity_of(other)
+
+
 def _check_options(options: CreateOptions, name: str) -> None:
     if options.format not in FORMATS:
         raise Unsupported(name, f"creating images of format {options.format!a}; cowfence creates qcow2 and raw")
@@ -131,11 +158,15 @@ def _check_options(options: CreateOptions, name: str) -> None:
         raise Invalid(f"{name}: preallocation {options.preallocation!a} is none of {', '.join(PREALLOCATIONS)}")
     if options.compression_type not in COMPRESSION_TYPES:
         raise Invalid(f"{name}: compression type {options.compression_type!a} is none of {', '.join(COMPRESSION_TYPES)}")
+    if options.data_file is not None:
+        check_name(options.data_file, "external data file")
     if options.backing is None and options.backing_format is not None:
         raise Invalid(f"{name}: a backing format without a backing file")
     if options.format == "raw":
         if options.backing is not None:
             raise Invalid(f"{name}: a raw image has no backing file")
+        if options.data_file is not None:
+            raise Invalid(f"{name}: a raw image has no external data file")
         if options.preallocation == "metadata":
             raise Invalid(f"{name}: a raw image has no metadata to preallocate")
     if options.backing is not None and options.preallocation != "off" and not options.extended_l2:
@@ -172,14 +203,18 @@ def new_image(options: CreateOptions) -> NewImage:
         lazy_refcounts=options.lazy_refcounts,
         compression_type=COMPRESSION_TYPES[options.compression_type],
         extended_l2=options.extended_l2,
+        data_file=options.data_file,
+        data_file_raw=options.data_file_raw,
         backing_name=options.backing,
         backing_format=options.backing_format,
-        preallocate_metadata=options.preallocation != "off",
+        # What can be read by itself is allocated as a whole, so that no entry ever says something else (as QEMU has it).
+        preallocate_metadata=options.preallocation != "off" or options.data_file_raw,
     )
 
 
-def write_empty(storage: FileStorage, settled: CreateOptions) -> None:
-    """Write the image into an empty file, for callers that fill it before it gets its name. ``settled``: from ``settle``."""
+def write_empty(storage: FileStorage, settled: CreateOptions, data: FileStorage | None = None) -> None:
+    """Write the image into an empty file, for callers that fill it before it gets its name. ``settled``: from ``settle``.
+    ``data``: the empty file that is to be its external data file."""
     if settled.format == "raw":
         assert settled.size_bytes is not None  # since settle
         storage.truncate(settled.size_bytes, "create.size")
@@ -188,10 +223,14 @@ def write_empty(storage: FileStorage, settled: CreateOptions) -> None:
             write_new(storage, new_image(settled))
         except Invalid as error:
             raise Invalid(f"{storage.name}: {error}") from None
-    if settled.preallocation in ("falloc", "full"):
-        _reserve(storage)
-    if settled.preallocation == "full":
-        _fill_holes(storage)
+    if data is not None:
+        assert settled.size_bytes is not None  # since settle
+        data.truncate(settled.size_bytes, "create.size")
+    for file in (storage, data):
+        if file is not None and settled.preallocation in ("falloc", "full"):
+            _reserve(file)
+        if file is not None and settled.preallocation == "full":
+            _fill_holes(file)
 
 
 def _reserve(storage: FileStorage) -> None:

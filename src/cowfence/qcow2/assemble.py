@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cowfence.disk.base import Disk
-from cowfence.errors import Corrupt
+from cowfence.errors import Corrupt, ReadOnly
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
-from cowfence.qcow2.extensions import Autoclear
-from cowfence.qcow2.header import Header, check_bounds, check_supported, read_header
+from cowfence.qcow2.extensions import Autoclear, Incompatible
+from cowfence.qcow2.header import Header, check_bounds, check_overlaps, check_supported, read_header
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.layout import Layout
 from cowfence.qcow2.reader import MetadataReader
 from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.refcounts import Refcounts
-from cowfence.qcow2.snapshot_table import read_snapshots
+from cowfence.qcow2.snapshot_table import read_snapshots, snapshot_view
 from cowfence.qcow2.state import State, Tickets
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
@@ -57,8 +57,38 @@ _PIECE_WORDS, _TABLES_WORDS = 6, 64
 """Of the journal: what is noted for one cluster (entry, count, freed), and for the tables around it."""
 
 
-def assemble(storage: Storage, header: Header, backing: Disk | None, options: Options, journal: Journal | None = None) -> State:
-    """The state of the image in ``storage``. Reads the L1 and the refcount table; raises Corrupt where the file lacks them."""
+def usable_header(storage: Storage, *, writable: bool, snapshot: str | None = None) -> Header:
+    """The header of an image that can be used as it is, or, where it was left dirty and is opened for writing, once its counts
+    are rebuilt. ``snapshot``: as seen from this internal snapshot. Raises as ``image.open_image`` does."""
+    header = read_header(storage)
+    check_supported(header, storage.name)
+    if snapshot is not None:
+        header = snapshot_view(storage, header, snapshot)
+    check_bounds(header, storage.size(), storage.name)
+    if writable:
+        if header.incompatible & Incompatible.CORRUPT:
+            raise ReadOnly(f"{storage.name}: the image is marked corrupt; repair it with 'check -r all' or open it read-only")
+        check_overlaps(header, storage.name)
+        if header.incompatible & Incompatible.DIRTY:
+            from cowfence.qcow2.repair import rebuild_dirty  # It needs numpy, and few images are dirty.
+
+            rebuild_dirty(storage)
+            header = read_header(storage)
+    return header
+
+
+def assemble(
+    storage: Storage,
+    header: Header,
+    backing: Disk | None,
+    options: Options,
+    journal: Journal | None = None,
+    data: Storage | None = None,
+) -> State:
+    """The state of the image in ``storage``; ``data``: its external data file, if it has one.
+
+    Reads the L1 and the refcount table; raises Corrupt where the file lacks them.
+    """
     geometry = header.geometry
     lock = threading.Lock()
     layout = Layout(storage.name, header.cluster_bits)
@@ -68,10 +98,12 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
     reader = MetadataReader(storage)
     tables = max(1, options.cache_bytes >> header.cluster_bits)
     reclaimer = ClusterReclaimer()
-    committer = Committer(storage, layout, lock, pending, reclaimer, unsafe=options.mode is CacheMode.UNSAFE)
+    unsafe = options.mode is CacheMode.UNSAFE
+    committer = Committer(storage, layout, lock, pending, reclaimer, data=data, unsafe=unsafe)
     l1, refcounts, allocator = _read_tables(storage, header, reader, layout, pending, max(1, tables // 4))
     state = State(
         storage=storage,
+        data=data or storage,
         header=header,
         geometry=geometry,
         lock=lock,
@@ -87,7 +119,8 @@ def assemble(storage: Storage, header: Header, backing: Disk | None, options: Op
         backing=backing,
         backing_bytes=_backing_bytes(backing, header),
         size=header.size_bytes,
-        discards=options.discards and storage.capabilities().punches_holes,
+        raw_data=bool(header.autoclear & Autoclear.DATA_FILE_RAW),
+        discards=options.discards and (data or storage).capabilities().punches_holes,
         quarantine_limit=max(16, options.quarantine_bytes >> header.cluster_bits),
         piece_bytes=_PIECE_CLUSTERS << header.cluster_bits,
         tickets=Tickets(lock),
@@ -105,6 +138,7 @@ def reassemble(state: State) -> None:
     check_supported(header, state.storage.name)
     check_bounds(header, state.storage.size(), state.storage.name)
     state.header, state.geometry, state.size = header, header.geometry, header.size_bytes
+    state.raw_data = bool(header.autoclear & Autoclear.DATA_FILE_RAW)
     state.backing_bytes = _backing_bytes(state.backing, header)
     state.l2.tables.clear()
     state.layout.kinds.clear()

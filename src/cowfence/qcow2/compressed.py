@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cowfence.codec import compressor
+from cowfence.errors import Unsupported
 from cowfence.qcow2.entries import Compressed, encode_l2
 from cowfence.qcow2.geometry import HostOffset
 from cowfence.qcow2.mapping import RunKind, decode
@@ -39,7 +40,12 @@ class CompressedWrites:
         self._next = 0
 
     def plan(self, offset: int, data: memoryview) -> Callable[[bool], int]:
-        """Compress a guest cluster, and give the plan that writes it: plainly, where the stream does not pay."""
+        """Compress a guest cluster, and give the plan that writes it: plainly, where the stream does not pay.
+
+        Raises Unsupported where the data has a file of its own: every cluster has its one place there.
+        """
+        if self._state.geometry.external_data:
+            raise Unsupported(self._state.storage.name, "compressed clusters with an external data file")
         stream = self._compress(bytes(data).ljust(self._state.geometry.cluster_bytes, b"\0"))
         if self._fits(stream):
             return lambda wait: self.write(offset, stream, wait=wait)

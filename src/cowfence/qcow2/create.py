@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cowfence.errors import Invalid
-from cowfence.qcow2.entries import COPIED
-from cowfence.qcow2.extensions import Compatible, Extension, ExtensionType, Incompatible, default_feature_names
+from cowfence.qcow2.entries import ALL_SUBCLUSTERS, COPIED
+from cowfence.qcow2.extensions import Autoclear, Compatible, Extension, ExtensionType, Incompatible, default_feature_names
 from cowfence.qcow2.geometry import (
     MAX_BACKING_NAME_BYTES,
     MAX_CLUSTER_BITS,
@@ -39,6 +39,9 @@ class NewImage:
     backing_name: str | None = None
     backing_format: str | None = None
     extended_l2: bool = False
+    data_file: str | None = None
+    """The name of the external data file, as the image stores it."""
+    data_file_raw: bool = False
     preallocate_metadata: bool = False
     """Allocate every guest cluster, with its entries; the data stays a hole of the file."""
 
@@ -59,12 +62,17 @@ def geometry_of(wanted: NewImage) -> Geometry:
             (wanted.lazy_refcounts, "lazy refcounts"),
             (wanted.compression_type != 0, "a compression type other than zlib"),
             (wanted.extended_l2, "a table of extended L2 entries"),
+            (wanted.data_file is not None, "an external data file"),
         ):
             if wrong:
                 raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")
     if wanted.extended_l2 and cluster_bits < MIN_CLUSTER_BITS_EXTENDED_L2:
         raise Invalid("extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
-    return Geometry(cluster_bits, order, wanted.extended_l2, wanted.version)
+    if wanted.data_file_raw and wanted.data_file is None:
+        raise Invalid("data_file_raw needs data_file")
+    if wanted.data_file_raw and wanted.backing_name is not None:
+        raise Invalid("a backing file and data_file_raw cannot be used at the same time")
+    return Geometry(cluster_bits, order, wanted.extended_l2, wanted.version, wanted.data_file is not None)
 
 
 def write_new(storage: Storage, wanted: NewImage) -> Header:
@@ -77,7 +85,7 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     l1_clusters = geometry.clusters_for(l1_entries * 8)
     guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
     l2_tables = l1_entries if wanted.preallocate_metadata else 0
-    used = 1 + l1_clusters + l2_tables + guest_clusters
+    used = 1 + l1_clusters + l2_tables + (0 if geometry.external_data else guest_clusters)
     table_clusters, blocks = refcount_shape(geometry, used)
     header = header_of(wanted, geometry, table_clusters, l1_entries, HostOffset(cluster_bytes * (1 + table_clusters + blocks)))
     encoded = encode(header)
@@ -87,7 +95,7 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     storage.truncate(total * cluster_bytes, "create.size")
     _write_refcounts(storage, geometry, table_clusters, blocks, total)
     if l2_tables:
-        _write_mapping(storage, geometry, header, l2_tables, guest_clusters)
+        _write_mapping(storage, geometry, header, l2_tables, guest_clusters, raw_data=wanted.data_file_raw)
     storage.writev(0, [encoded], "create.header")
     return header
 
@@ -117,6 +125,9 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
         incompatible |= Incompatible.COMPRESSION
     if wanted.extended_l2:
         incompatible |= Incompatible.EXTENDED_L2
+    if wanted.data_file is not None:
+        incompatible |= Incompatible.DATA_FILE
+        extensions.append(Extension(ExtensionType.DATA_FILE_NAME, wanted.data_file.encode("utf-8", "surrogateescape")))
     if wanted.version >= 3:
         names = default_feature_names()
         # The table is optional; a small cluster has no room for it beside the backing file's name.
@@ -133,6 +144,7 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
         backing_name=backing_name,
         compatible=int(Compatible.LAZY_REFCOUNTS) if wanted.lazy_refcounts else 0,
         incompatible=int(incompatible),
+        autoclear=int(Autoclear.DATA_FILE_RAW) if wanted.data_file_raw else 0,
         compression_type=wanted.compression_type,
         refcount_order=geometry.refcount_bits.bit_length() - 1,
         header_length=72 if wanted.version == 2 else 112,
@@ -163,8 +175,11 @@ def _write_refcounts(storage: Storage, geometry: Geometry, table_clusters: int, 
     storage.writev(geometry.cluster_bytes, [table.content()], "create.refcounts")
 
 
-def _write_mapping(storage: Storage, geometry: Geometry, header: Header, l2_tables: int, guest_clusters: int) -> None:
-    """L1, L2 tables and data clusters, one behind the other: L1, then every L2 table followed by the clusters it maps."""
+def _write_mapping(
+    storage: Storage, geometry: Geometry, header: Header, l2_tables: int, guest_clusters: int, *, raw_data: bool
+) -> None:
+    """L1, L2 tables and data clusters, one behind the other: L1, then every L2 table followed by the clusters it maps, unless
+    these have a file of their own."""
     l1 = Table.empty_table(geometry.clusters_for(header.l1_entries * 8) * geometry.cluster_bytes)
     cluster = (header.l1_offset >> geometry.cluster_bits) + geometry.clusters_for(header.l1_entries * 8)
     left = guest_clusters
@@ -173,11 +188,13 @@ def _write_mapping(storage: Storage, geometry: Geometry, header: Header, l2_tabl
         mapped = min(left, geometry.l2_entries)
         l2 = Table.empty_table(geometry.cluster_bytes)
         words = geometry.l2_entry_words
-        first = cluster + 1 << geometry.cluster_bits | COPIED
+        first = (guest_clusters - left if geometry.external_data else cluster + 1) << geometry.cluster_bits | COPIED
         for at in range(mapped):
-            # With subclusters, none is allocated yet: the backing file shows.
             l2.entries[at * words] = first + (at << geometry.cluster_bits)
+            if words == 2 and raw_data:
+                # Else no subcluster is allocated yet: the backing file shows.
+                l2.entries[at * words + 1] = ALL_SUBCLUSTERS
         storage.writev(cluster << geometry.cluster_bits, [l2.content()], "create.l2")
-        cluster += 1 + mapped
+        cluster += 1 + (0 if geometry.external_data else mapped)
         left -= mapped
     storage.writev(header.l1_offset, [l1.content()], "create.l1")

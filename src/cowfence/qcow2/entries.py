@@ -10,11 +10,13 @@ every misaligned offset with ``BadEntry``, which says what is wrong; the caller 
 
 These functions are for single entries; whole tables are judged by array arithmetic over the same bit constants.
 
-Four choices where the specification leaves room. A compressed entry with the COPIED flag is rejected (its bit is 0 "for
+Where the guest's data has a file of its own (``Geometry.external_data``), offset 0 is a place like any other: it is one where
+the entry is COPIED. Whether each cluster stands at its guest offset is for the caller to see, who knows the guest offset.
+
+Three choices where the specification leaves room. A compressed entry with the COPIED flag is rejected (its bit is 0 "for
 clusters that are unused, compressed or require COW"). The bitmap of a compressed cluster is "not used": it is ignored, and
-encoded as 0 (the one case in which encoding gives another number than was decoded). Offset 0 with COPIED is meant for external
-data files only, which have a decoder of their own, so it is rejected here. A refcount table entry could hold more than 56 bits,
-but no table entry could point to the clusters it would count, so offsets from 2**56 are rejected there too.
+encoded as 0 (the one case in which encoding gives another number than was decoded). A refcount table entry could hold more than
+56 bits, but no table entry could point to the clusters it would count, so offsets from 2**56 are rejected there too.
 """
 
 from __future__ import annotations
@@ -119,13 +121,20 @@ def decode_l2(entry: int, geometry: Geometry) -> Mapping:
     if host_offset & geometry.cluster_mask:
         raise BadEntry(f"host offset {host_offset:#x} is not aligned to the cluster size")
     copied = bool(entry & COPIED)
-    if copied and not host_offset:
+    host = _host(host_offset, copied, geometry)
+    if copied and host is None:
         raise BadEntry(f"the COPIED flag is set without a host offset in L2 entry {entry:#018x}")
     if entry & ZERO:
         if geometry.version < 3:
             raise BadEntry("the zero flag is set, which version 2 does not have")
-        return Zero(HostOffset(host_offset) if host_offset else None, copied)
-    return Data(HostOffset(host_offset), copied)
+        return Zero(host, copied)
+    assert host is not None
+    return Data(host, copied)
+
+
+def _host(host_offset: int, copied: bool, geometry: Geometry) -> HostOffset | None:
+    """The place that an entry leads to; None where it leads nowhere."""
+    return HostOffset(host_offset) if host_offset or (copied and geometry.external_data) else None
 
 
 def _decode_extended(entry: int, geometry: Geometry) -> Mapping:
@@ -143,9 +152,9 @@ def _decode_extended(entry: int, geometry: Geometry) -> Mapping:
     allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
     if allocated & zero:
         raise BadEntry(f"subclusters {allocated & zero:#x} are allocated and read as zeros")
-    if not host_offset and (copied or allocated):
+    host = _host(host_offset, copied, geometry)
+    if host is None and (copied or allocated):
         raise BadEntry("the COPIED flag is set, or subclusters are allocated, without a host offset")
-    host = HostOffset(host_offset) if host_offset else None
     if host is not None and allocated == ALL_SUBCLUSTERS:
         return Data(host, copied)
     if zero == ALL_SUBCLUSTERS:
@@ -154,6 +163,8 @@ def _decode_extended(entry: int, geometry: Geometry) -> Mapping:
 
 
 def _decode_compressed(entry: int, geometry: Geometry) -> Compressed:
+    if geometry.external_data:
+        raise BadEntry("a compressed cluster, which an image with an external data file does not have")
     if entry & COPIED:
         raise BadEntry("the COPIED flag is set on a compressed cluster")
     host_offset = entry & geometry.compressed_offset_mask
@@ -170,7 +181,7 @@ def encode_l2(mapping: Mapping, geometry: Geometry) -> int:
         case Unallocated():
             return 0
         case Data(host_offset, copied):
-            if not host_offset:
+            if _host(host_offset, copied, geometry) is None:
                 raise BadEntry("a data cluster at host offset 0 would be the header")
             bitmap = ALL_SUBCLUSTERS if geometry.extended_l2 else 0
             return _checked_offset(host_offset, geometry) | (COPIED if copied else 0) | bitmap << BITMAP_SHIFT
@@ -181,7 +192,7 @@ def encode_l2(mapping: Mapping, geometry: Geometry) -> int:
                 return _encode_subclustered(host_offset, copied, 0, ALL_SUBCLUSTERS, geometry)
             if geometry.version < 3:
                 raise BadEntry("this image has no zero flag in its L2 entries")
-            if not host_offset:
+            if host_offset is None or _host(host_offset, copied, geometry) is None:
                 if copied or host_offset is not None:
                     raise BadEntry("a zero cluster needs a host offset above 0 to be COPIED")
                 return ZERO
@@ -196,7 +207,7 @@ def _encode_subclustered(host_offset: HostOffset | None, copied: bool, allocated
     if allocated & zero or not 0 <= allocated | zero <= ALL_SUBCLUSTERS:
         raise BadEntry(f"subclusters {allocated:#x} cannot be allocated while {zero:#x} read as zeros")
     bitmap = (zero << SUBCLUSTERS | allocated) << BITMAP_SHIFT
-    if not host_offset:
+    if host_offset is None or _host(host_offset, copied, geometry) is None:
         if copied or allocated or host_offset is not None:
             raise BadEntry("subclusters need a host offset above 0 to be allocated or COPIED")
         return bitmap
@@ -213,6 +224,11 @@ def _encode_compressed(host_offset: int, length_bytes: int, geometry: Geometry) 
     if additional_sectors > geometry.compressed_sectors_mask:
         raise BadEntry(f"{length_bytes} bytes are too many for a compressed cluster")
     return COMPRESSED | additional_sectors << geometry.compressed_shift | host_offset
+
+
+def whole(entry: int, geometry: Geometry) -> int:
+    """The entry of a cluster all of which is data where ``entry``, a standard one, leads."""
+    return entry & (COPIED | OFFSET_MASK) | (ALL_SUBCLUSTERS << BITMAP_SHIFT if geometry.extended_l2 else 0)
 
 
 def zeroed(entry: int, geometry: Geometry) -> int:

@@ -52,13 +52,15 @@ class Geometry:
     """The sizes of an image. Raises ValueError for exponents outside the limits above.
 
     ``cluster_bits``: log2 of the cluster size in bytes. ``refcount_order``: log2 of the width of a refcount in bits.
-    ``extended_l2``: L2 entries are 16 bytes, with a bitmap of 32 subclusters. ``version``: 2 or 3.
+    ``extended_l2``: L2 entries are 16 bytes, with a bitmap of 32 subclusters. ``version``: 2 or 3. ``external_data``: guest
+    clusters stand in a file of their own, each at its guest offset.
     """
 
     cluster_bits: int
     refcount_order: int = REFCOUNT_ORDER_V2
     extended_l2: bool = False
     version: int = 3
+    external_data: bool = False
 
     cluster_bytes: int = field(init=False, repr=False, compare=False)
     cluster_mask: int = field(init=False, repr=False, compare=False)
@@ -100,8 +102,8 @@ class Geometry:
             raise ValueError(f"refcount_order is {self.refcount_order}, must be 0 to {MAX_REFCOUNT_ORDER}")
         if self.version not in (2, 3):
             raise ValueError(f"version is {self.version}, must be 2 or 3")
-        if self.version == 2 and (self.extended_l2 or self.refcount_order != REFCOUNT_ORDER_V2):
-            raise ValueError("version 2 has 16-bit refcounts and plain L2 entries")
+        if self.version == 2 and (self.extended_l2 or self.external_data or self.refcount_order != REFCOUNT_ORDER_V2):
+            raise ValueError("version 2 has 16-bit refcounts, plain L2 entries and no external data file")
         cluster_bytes = 1 << self.cluster_bits
         refcount_bits = 1 << self.refcount_order
         l2_bits = self.cluster_bits - (4 if self.extended_l2 else 3)

@@ -143,7 +143,11 @@ class Header:
     def geometry(self) -> Geometry:
         """The sizes that follow; a new value at each call."""
         return Geometry(
-            self.cluster_bits, self.refcount_order, bool(self.incompatible & Incompatible.EXTENDED_L2), self.version
+            self.cluster_bits,
+            self.refcount_order,
+            bool(self.incompatible & Incompatible.EXTENDED_L2),
+            self.version,
+            bool(self.incompatible & Incompatible.DATA_FILE),
         )
 
     def extension(self, kind: int) -> bytes | None:
@@ -370,8 +374,6 @@ def check_supported(header: Header, name: str) -> None:
     if header.crypt_method:
         methods = {CRYPT_AES: "encryption (AES)", CRYPT_LUKS: "encryption (LUKS)"}
         raise Unsupported(name, methods.get(header.crypt_method, f"encryption method {header.crypt_method}"))
-    if header.incompatible & Incompatible.DATA_FILE:
-        raise Unsupported(name, "external data file")
     if header.compression_type not in (COMPRESSION_DEFLATE, COMPRESSION_ZSTD):
         raise Unsupported(name, f"compression type {header.compression_type}")
 

@@ -21,26 +21,20 @@ from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.alteration import Alteration, alter
-from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all
+from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all, usable_header
 from cowfence.qcow2.compressed import CompressedWrites
+from cowfence.qcow2.data_file import AbsentDataFile
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.geometry import OFFSET_MASK
-from cowfence.qcow2.header import (
-    Header,
-    check_bounds,
-    check_overlaps,
-    check_supported,
-    feature_bits_patch,
-    read_header,
-)
+from cowfence.qcow2.header import Header, feature_bits_patch, read_header
 from cowfence.qcow2.interval import IntervalCommit
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
-from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots, snapshot_view
+from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots
 from cowfence.qcow2.status import extents
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
@@ -61,31 +55,26 @@ def open_image(
     options: Options | None = None,
     journal: Journal | None = None,
     snapshot: str | None = None,
+    data: Storage | None = None,
 ) -> Qcow2Disk:
-    """Open the image in ``storage``; the disk owns it from then on, and ``backing`` and ``journal`` too.
+    """Open the image in ``storage``; the disk owns it from then on, and ``backing``, ``data`` and ``journal`` too.
 
-    ``backing`` is the disk that the header names, opened by the caller (see ``cowfence.chain``). ``journal``: where a keeper
+    ``backing`` is the disk that the header names, ``data`` the external data file (None: what is there cannot be read), opened
+    by the caller (see ``cowfence.chain``). ``journal``: where a keeper
     finds what is pending. ``snapshot``: the disk as it was then, by id or name; not ``writable``. Raises Invalid (no such
     snapshot), NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
-    errors; then all three stay with the caller.
+    errors; then all of them stay with the caller.
     """
     if writable:
+        if data is not None:
+            data.fence("open.fence")
         storage.fence("open.fence")
-    header = read_header(storage)
-    check_supported(header, storage.name)
-    if snapshot is not None:
-        header = snapshot_view(storage, header, snapshot)
-    check_bounds(header, storage.size(), storage.name)
-    if writable:
-        if header.incompatible & Incompatible.CORRUPT:
-            raise ReadOnly(f"{storage.name}: the image is marked corrupt; repair it with 'check -r all' or open it read-only")
-        check_overlaps(header, storage.name)
-        if header.incompatible & Incompatible.DIRTY:
-            from cowfence.qcow2.repair import rebuild_dirty
-
-            rebuild_dirty(storage)
-            header = read_header(storage)
-    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options(), journal=journal)
+    header = usable_header(storage, writable=writable, snapshot=snapshot)
+    if not header.incompatible & Incompatible.DATA_FILE:
+        data = None
+    elif data is None:
+        data = AbsentDataFile(storage.name)
+    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options(), journal=journal, data=data)
 
 
 class Qcow2Disk:
@@ -100,8 +89,9 @@ class Qcow2Disk:
         writable: bool,
         options: Options,
         journal: Journal | None = None,
+        data: Storage | None = None,
     ) -> None:
-        self._state = state = assemble(storage, header, backing, options, journal)
+        self._state = state = assemble(storage, header, backing, options, journal, data)
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
@@ -115,8 +105,8 @@ class Qcow2Disk:
         self._mode = options.mode
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
         self._lock = state.lock
-        # An entry of two words is no plain case.
-        self._tables = state.l2.tables if geometry.l2_entry_words == 1 else {}
+        # An entry of two words, or one that leads into another file, is no plain case.
+        self._tables = state.l2.tables if geometry.l2_entry_words == 1 and not geometry.external_data else {}
         self._read_cached = storage.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""
@@ -311,12 +301,12 @@ class Qcow2Disk:
     def _first_change(self, alteration: Alteration) -> None:
         if self._features_settled:
             return
-        state, kept = self._state, 0
+        state, kept = self._state, Autoclear.DATA_FILE_RAW
         if state.header.autoclear & Autoclear.BITMAPS:
             try:
                 if self.bitmaps.needs_marks:
                     self.bitmaps.begin(alteration)
-                kept = Autoclear.BITMAPS
+                kept |= Autoclear.BITMAPS
             except Corrupt:
                 # They cannot be kept true, so they are given up.
                 self._bitmaps = None
@@ -552,6 +542,7 @@ class Qcow2Disk:
                     self._state.pending.journal.close()
             finally:
                 self._state.storage.close()
+                self._state.data.close()
                 if self._state.backing is not None:
                     self._state.backing.close()
 

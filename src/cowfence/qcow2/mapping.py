@@ -41,33 +41,47 @@ class RunKind(IntEnum):
 
 
 class GuestRun(NamedTuple):
-    """Guest bytes in one state. ``host``: where they begin in the file (DATA; ZERO with a cluster kept; COMPRESSED)."""
+    """Guest bytes in one state. ``host``: where they begin in the file that holds the data (DATA; COMPRESSED; ZERO and
+    UNALLOCATED with a place that is kept for them), or None."""
 
     kind: RunKind
     offset: int
     length_bytes: int
-    host: int
+    host: int | None
     entry: int
     """The L2 entry of its first cluster."""
 
 
-def decode(state: State, l1_index: int, l2_index: int, entry: int) -> tuple[RunKind, int]:
+def decode(state: State, l1_index: int, l2_index: int, entry: int) -> tuple[RunKind, int | None]:
     """Kind and host offset of an L2 entry. Raises Corrupt for one that breaks the format's rules."""
     try:
         mapping = decode_l2(entry, state.geometry)
     except BadEntry as bad:
         raise Corrupt(f"{state.storage.name}: L2[{l1_index}][{l2_index}]", str(bad)) from None
+    if state.geometry.external_data and not isinstance(mapping, Unallocated):
+        _check_identity(state, l1_index, l2_index, mapping.host_offset)
     match mapping:
         case Unallocated():
-            return RunKind.UNALLOCATED, 0
+            return RunKind.UNALLOCATED, None
         case Zero(host_offset, _):
-            return RunKind.ZERO, host_offset or 0
+            return RunKind.ZERO, host_offset
         case Data(host_offset, _):
             return RunKind.DATA, host_offset
         case Compressed(host_offset, _):
             return RunKind.COMPRESSED, host_offset
         case Subclustered(host_offset, _, _, _):
-            return RunKind.SUBCLUSTERED, host_offset or 0
+            return RunKind.SUBCLUSTERED, host_offset
+
+
+def _check_identity(state: State, l1_index: int, l2_index: int, host_offset: int | None) -> None:
+    """In an external data file every guest cluster stands at its guest offset."""
+    geometry = state.geometry
+    expected = (l1_index << geometry.l2_bits | l2_index) << geometry.cluster_bits
+    if host_offset is not None and host_offset != expected:
+        raise Corrupt(
+            f"{state.storage.name}: L2[{l1_index}][{l2_index}]",
+            f"it leads to offset {host_offset:#x} of the data file instead of {expected:#x}",
+        )
 
 
 def reads_zero(state: State, run: GuestRun) -> bool:
@@ -89,7 +103,7 @@ def runs(state: State, offset: int, length_bytes: int, *, wait: bool) -> Iterato
         table = state.l2_table(l1_index, wait=wait, cached=False)
         if table is None:
             table_end = min(end, _end_of_gap(state.l1.entries, l1_index, end >> geometry.l1_shift) << geometry.l1_shift)
-            pieces: Iterator[GuestRun] = iter((GuestRun(RunKind.UNALLOCATED, offset, table_end - offset, 0, 0),))
+            pieces: Iterator[GuestRun] = iter((GuestRun(RunKind.UNALLOCATED, offset, table_end - offset, None, 0),))
         elif table_end - offset > _VECTOR_CLUSTERS << geometry.cluster_bits:
             pieces = _table_runs(state, table, l1_index, offset, table_end)
         else:
@@ -121,7 +135,7 @@ def _end_of_gap(l1: Sequence[int], l1_index: int, last: int) -> int:
 def _joins(earlier: GuestRun, later: GuestRun) -> bool:
     if earlier.kind is not later.kind or earlier.kind is RunKind.COMPRESSED:
         return False
-    if earlier.host == 0 or later.host == 0:
+    if earlier.host is None or later.host is None:
         return earlier.host == later.host
     return later.host == earlier.host + earlier.length_bytes
 
@@ -140,16 +154,16 @@ def cluster_runs(state: State, l1_index: int, l2_index: int, entry: int, offset:
     """The runs of guest bytes inside one cluster. Raises Corrupt for a bad entry."""
     kind, host = decode(state, l1_index, l2_index, entry)
     if kind is RunKind.SUBCLUSTERED:
-        yield from subcluster_runs(state.geometry, entry, offset, end)
+        yield from subcluster_runs(state.geometry, entry, host, offset, end)
         return
-    if host and kind is not RunKind.COMPRESSED:
+    if host is not None and kind is not RunKind.COMPRESSED:
         host += offset & state.geometry.cluster_mask
     yield GuestRun(kind, offset, end - offset, host, entry)
 
 
-def subcluster_runs(geometry: Geometry, entry: int, offset: int, end: int) -> Iterator[GuestRun]:
-    """The same where the subclusters are in different states. UNALLOCATED with a ``host``: a place that is kept for it."""
-    bitmap, host = entry >> BITMAP_SHIFT, entry & OFFSET_MASK
+def subcluster_runs(geometry: Geometry, entry: int, host: int | None, offset: int, end: int) -> Iterator[GuestRun]:
+    """The same where the subclusters are in different states. ``host``: of the cluster."""
+    bitmap = entry >> BITMAP_SHIFT
     allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
     states = (
         (RunKind.DATA, allocated),
@@ -163,7 +177,7 @@ def subcluster_runs(geometry: Geometry, entry: int, offset: int, end: int) -> It
         # The lowest bit that is clear ends the run.
         count = (~same & same + 1).bit_length() - 1
         stop = min(end, cluster + (subcluster + count) * geometry.subcluster_bytes)
-        yield GuestRun(kind, offset, stop - offset, host + offset - cluster if host else 0, entry)
+        yield GuestRun(kind, offset, stop - offset, None if host is None else host + offset - cluster, entry)
         offset = stop
 
 
@@ -180,20 +194,27 @@ def _table_runs(state: State, table: Table, l1_index: int, offset: int, end: int
     host = part & np.uint64(OFFSET_MASK)
     plain = np.uint64(COPIED | OFFSET_MASK & ~geometry.cluster_mask | (0 if geometry.extended_l2 else ZERO))
     odd = (part & ~plain) != 0
-    odd |= (host == 0) & (part & np.uint64(COPIED) != 0)
+    copied = part & np.uint64(COPIED) != 0
+    if geometry.external_data:
+        led = (host != 0) | copied
+        identity = (np.arange(count, dtype=np.uint64) + np.uint64(offset >> bits)) << np.uint64(bits)
+        odd |= led & (host != identity)
+    else:
+        led = host != 0
+        odd |= ~led & copied
     if geometry.extended_l2:
         bitmap = view[1::2]
         zero = bitmap == np.uint64(ALL_SUBCLUSTERS << SUBCLUSTERS)
-        odd |= ~zero & (bitmap != np.where(host != 0, np.uint64(ALL_SUBCLUSTERS), np.uint64(0)))
+        odd |= ~zero & (bitmap != np.where(led, np.uint64(ALL_SUBCLUSTERS), np.uint64(0)))
     else:
         zero = (part & np.uint64(ZERO)) != 0
         if geometry.version < 3:
             odd |= zero
     # 0 unallocated, 1 zero, 2 data, 3 odd (compressed, subclusters, or one for the careful decoder): odd ones stand alone.
-    kind = np.where(odd, 3, np.where(zero, 1, np.where(host != 0, 2, 0)))
+    kind = np.where(odd, 3, np.where(zero, 1, np.where(led, 2, 0)))
     follows = (kind[1:] == kind[:-1]) & (kind[1:] != 3)
-    contiguous = (host[1:] == host[:-1] + np.uint64(geometry.cluster_bytes)) & (host[:-1] != 0)
-    follows &= contiguous | ((host[1:] == 0) & (host[:-1] == 0))
+    contiguous = (host[1:] == host[:-1] + np.uint64(geometry.cluster_bytes)) & led[:-1] & led[1:]
+    follows &= contiguous | ~(led[1:] | led[:-1])
     starts = np.concatenate(([0], np.flatnonzero(~follows) + 1)).tolist()
     base = offset >> bits
     for number, start in enumerate(starts):

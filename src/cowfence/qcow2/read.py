@@ -72,7 +72,8 @@ class Reads:
         for kind, offset, length_bytes, host, entry in plan:
             part = view[offset - start : offset - start + length_bytes]
             if kind is RunKind.DATA:
-                got = state.storage.readv(host, (part,), wait=wait)
+                assert host is not None
+                got = state.data.readv(host, (part,), wait=wait)
                 if got < length_bytes:
                     self._past_end(host, got, part)
             elif kind is RunKind.COMPRESSED:
@@ -87,6 +88,10 @@ class Reads:
     def _past_end(self, host: int, got: int, part: memoryview) -> None:
         """The last cluster of a file may be short; one that begins past its end is damage."""
         state = self._state
+        if state.geometry.external_data:
+            # Nothing was ever written there.
+            part[got:] = bytes(len(part) - got)
+            return
         cluster = host & ~state.geometry.cluster_mask
         if not got and cluster >= state.storage.size():
             raise Corrupt(f"{state.storage.name}: data cluster at offset {cluster:#x}", "it lies past the end of the file")
@@ -162,8 +167,8 @@ class Reads:
         """The runs of a part of the cluster that ``entry`` leads to."""
         geometry = self._state.geometry
         if kind is RunKind.SUBCLUSTERED:
-            return list(subcluster_runs(geometry, entry, offset, offset + length_bytes))
-        host = (entry & OFFSET_MASK) + (offset & geometry.cluster_mask) if kind is RunKind.DATA else 0
+            return list(subcluster_runs(geometry, entry, entry & OFFSET_MASK, offset, offset + length_bytes))
+        host = (entry & OFFSET_MASK) + (offset & geometry.cluster_mask) if kind is RunKind.DATA else None
         return [GuestRun(kind, offset, length_bytes, host, entry)]
 
     def _warm(self, kind: RunKind, entry: int, offset: int, length_bytes: int) -> None:

@@ -52,6 +52,8 @@ def rebase(
     raw_name = None if name is None else name.encode("utf-8", "surrogateescape")
     if raw_name is not None and not 0 < len(raw_name) <= MAX_BACKING_NAME_BYTES:
         raise Invalid(f"{state.storage.name}: a backing file's name has 1 to {MAX_BACKING_NAME_BYTES} bytes")
+    if raw_name is not None and state.raw_data:
+        raise Unsupported(state.storage.name, "a backing file under an external data file that can be read by itself")
     if merge:
         if state.header.snapshot_count:
             raise Unsupported(state.storage.name, "rebasing an image with internal snapshots, which would not stay the same")

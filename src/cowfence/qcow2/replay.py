@@ -48,8 +48,9 @@ class Replayed:
     failure: CowfenceError | None = None
 
 
-def replay(storage: Storage, journal: Journal) -> Replayed:
+def replay(storage: Storage, journal: Journal, data: Storage | None = None) -> Replayed:
     """Carry out what is not retired in ``journal`` on the image in ``storage``, whose writer is dead and whose lock is held.
+    ``data``: its external data file, which has all that the writer noted, and only has to be fenced.
 
     Never raises what the image or the host is the cause of: see ``Replayed.failure``.
     """
@@ -65,6 +66,8 @@ def replay(storage: Storage, journal: Journal) -> Replayed:
             (number, list(groups)) for number, groups in groupby(journal.unretired(), lambda group: group.generation)
         ]
         if generations:
+            if data is not None:
+                data.fence("keeper.fence")
             _carry_out(storage, journal, generations, done)
         if journal.damaged:
             raise Corrupt(f"{storage.name}: journal", "a checksum is wrong; what was noted behind it is lost")

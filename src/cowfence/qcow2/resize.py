@@ -23,6 +23,7 @@ with an applied snapshot; the snapshot keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -32,7 +33,8 @@ import numpy as np
 from cowfence.errors import Invalid, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.census import runs_of
-from cowfence.qcow2.entries import COPIED, ZERO, zeroed
+from cowfence.qcow2.data_file import lengthen, shorten
+from cowfence.qcow2.entries import COPIED, ZERO, whole, zeroed
 from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, TABLE_ENTRY_BYTES
 from cowfence.qcow2.header import size_patch
 from cowfence.qcow2.mapping import RunKind, decode, runs
@@ -77,6 +79,8 @@ def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation
     alteration.read_again()
     if size_bytes < old_bytes:
         unlink_behind(alteration, size_bytes)
+        if state.geometry.external_data:
+            shorten(state.data, size_bytes)
     alteration.after_resize(old_bytes)
 
 
@@ -111,10 +115,20 @@ def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Prea
         at = cluster_end
         while at < hidden_end:
             at += alteration.transaction(lambda at=at: zeroes.zero(at, hidden_end - at, unmap=True, wait=True))  # type: ignore[misc]
+    if geometry.external_data:
+        alteration.transaction(lambda: _lengthen_data(state, old_bytes, size_bytes))
+    if state.raw_data and preallocation is Preallocation.OFF:
+        # What can be read by itself is allocated as a whole (as QEMU has it).
+        preallocation = Preallocation.METADATA
     if preallocation is not Preallocation.OFF:
         at = cluster_end
         while at < size_bytes:
             at += alteration.transaction(lambda at=at: _allocate(state, at, size_bytes, preallocation))  # type: ignore[misc]
+
+
+def _lengthen_data(state: State, old_bytes: int, size_bytes: int) -> None:
+    state.committer.data_written = True
+    lengthen(state.data, old_bytes, size_bytes)
 
 
 def _zero_rest(state: State, zeroes: Zeroes, start: int, end: int, backing_bytes: int) -> None:
@@ -159,7 +173,7 @@ def _drop_table(state: State, l1_index: int) -> None:
         free_entry(state, decode(state, l1_index, l2_index, entry)[0], entry, discard=True)
     hosts = ((words & np.uint64(OFFSET_MASK)) >> np.uint64(geometry.cluster_bits)).view(np.int64)[plain]
     hosts = hosts[hosts != 0]
-    for start, stop in runs_of(hosts) if len(hosts) else ():
+    for start, stop in runs_of(hosts) if len(hosts) and not geometry.external_data else ():
         state.pending.free(int(hosts[start]), stop - start, discard=True)
     state.pending.set(state.l1, l1_index, 0)
     state.pending.free(offset >> geometry.cluster_bits, table=True)
@@ -176,32 +190,39 @@ def _allocate(state: State, at: int, size_bytes: int, preallocation: Preallocati
     home = LinkHome(state, l1_index, state.l2_table(l1_index, wait=True, cached=True), wait=True)
     home.plan()
     state.allocator.look_ahead(wait=True)
-    reserved = state.allocator.reserve(count + home.clusters, wait=True)
+    reserved = state.allocator.reserve(home.clusters + (0 if geometry.external_data else count), wait=True)
     try:
         if home.clusters:
             home.take(reserved[0].first)
         hosts = [cluster for run in reserved for cluster in range(run.first, run.first + run.clusters)][home.clusters :]
         state.committer.data_written = True
+        if geometry.external_data:
+            hosts = [at + (number << geometry.cluster_bits) >> geometry.cluster_bits for number in range(count)]
+            if preallocation is not Preallocation.METADATA:
+                _clear(state, at, min(end, size_bytes), False, preallocation)
         for run in reserved:
-            _clear(state, run.first, run.clusters, run.hole, preallocation)
+            start, stop = run.first << geometry.cluster_bits, run.first + run.clusters << geometry.cluster_bits
+            _clear(state, start, stop, run.hole, preallocation)
     except BaseException:
         state.allocator.give_back(reserved)
         raise
     table = home()
-    # A cluster of subclusters is kept for them, and each is allocated when it is written.
-    ahead = partial(zeroed, geometry=geometry) if geometry.extended_l2 else int
+    ahead: Callable[[int], int] = int
+    if geometry.extended_l2:
+        # A cluster of subclusters is kept for them, and each is allocated when it is written.
+        ahead = partial(whole if state.raw_data else zeroed, geometry=geometry)
     first = at >> geometry.cluster_bits & geometry.l2_entries - 1
     for number, cluster in enumerate(hosts):
         free_entry(state, RunKind.ZERO, table.entry(first + number), discard=False)
         state.pending.link(table, first + number, ahead(cluster << geometry.cluster_bits | COPIED))
-        state.refcounts.increment(cluster)
+        if not geometry.external_data:
+            state.refcounts.increment(cluster)
     return end - at
 
 
-def _clear(state: State, first: int, clusters: int, hole: bool, preallocation: Preallocation) -> None:
+def _clear(state: State, start: int, end: int, hole: bool, preallocation: Preallocation) -> None:
     """Host clusters that nobody uses yet read as zeros, and lie inside the file."""
-    storage, bits = state.storage, state.geometry.cluster_bits
-    start, end = first << bits, first + clusters << bits
+    storage = state.data
     if preallocation is Preallocation.FULL:
         for at in range(start, end, MIB):
             storage.writev(at, (memoryview(_ZEROS)[: end - at],), "data.write")

@@ -65,6 +65,8 @@ class State:
     """Everything that the read and write paths of one image share."""
 
     storage: Storage
+    data: Storage
+    """Where the guest's data stands: ``storage``, or the external data file."""
     header: Header
     geometry: Geometry
     lock: Lock
@@ -80,6 +82,8 @@ class State:
     backing: Disk | None
     backing_bytes: int
     size: int
+    raw_data: bool
+    """The external data file is the guest's disk also when it is read by itself."""
     discards: bool
     """Host space of what the guest discarded is given back to the host."""
     quarantine_limit: int
@@ -126,7 +130,8 @@ class State:
     def may_write_in_place(self, entry: int, *, wait: bool) -> bool:
         """True if the cluster that an L1 or standard L2 entry points to has exactly one reference.
 
-        A clear COPIED flag proves nothing; the stored count decides, in which pending decrements still stand (R1).
+        A clear COPIED flag proves nothing; the stored count decides, in which pending decrements still stand (R1). In an
+        external data file nothing is shared.
         """
         if entry & COPIED:
             return True

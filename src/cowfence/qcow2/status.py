@@ -31,9 +31,9 @@ def extents(state: State, plans: Plans, enter: Callable[[int, int], None], offse
             elif kind is RunKind.COMPRESSED:
                 yield Extent(start, run_bytes, zero=False, data=True, present=True, compressed=True)
             elif kind is RunKind.ZERO:
-                yield Extent(start, run_bytes, zero=True, data=False, present=True, host_offset=host or None)
+                yield Extent(start, run_bytes, zero=True, data=False, present=True, host_offset=host)
             else:
-                yield from _below(state, start, run_bytes, host or None)
+                yield from _below(state, start, run_bytes, host)
         offset += piece
 
 

@@ -275,9 +275,19 @@ class Committer:
     """
 
     def __init__(
-        self, storage: Storage, layout: Layout, lock: Lock, pending: Pending, reclaimer: Reclaimer, *, unsafe: bool = False
+        self,
+        storage: Storage,
+        layout: Layout,
+        lock: Lock,
+        pending: Pending,
+        reclaimer: Reclaimer,
+        *,
+        data: Storage | None = None,
+        unsafe: bool = False,
     ) -> None:
-        """``unsafe``: nothing is ever fenced; the caller gave up the promise of power cuts for speed."""
+        """``data``: where guest data is written, if that is another file. ``unsafe``: nothing is ever fenced; the caller gave
+        up the promise of power cuts for speed."""
+        self._data = data
         self._unsafe = unsafe
         self._storage = storage
         self._layout = layout
@@ -325,7 +335,7 @@ class Committer:
                 self._commit(frozen)
                 self._note(number)
             elif data_written:
-                self._fence("data.fence")
+                self._fence("data.fence", self._data)
                 self._note(number)
             else:
                 self._note(number)
@@ -361,6 +371,8 @@ class Committer:
         try:
             # PREPARE: refcounts up and new tables, beside the guest data that was written already. Nothing leads here yet.
             write_changes(self._storage, self._layout, frozen.stage(Stage.PREPARE))
+            if self._data is not None:
+                self._fence("data.fence", self._data)
             self._fence("prepare.fence")
             # All that LINK will point to is durable now.
             link_begun = True
@@ -386,14 +398,14 @@ class Committer:
                 self.unfenced_reclaim = True
         self._reclaimer.reclaim(frozen.freed)
 
-    def _fence(self, mark: str) -> None:
+    def _fence(self, mark: str, storage: Storage | None = None) -> None:
         if self._unsafe:
             return
         journal = self._journal
         if journal is not None:
             journal.fence_begins()
         try:
-            self._storage.fence(mark)
+            (storage or self._storage).fence(mark)
         except CowfenceError as failure:
             if journal is not None:
                 journal.fence_failed()
@@ -405,7 +417,8 @@ class Committer:
         if journal is not None:
             journal.fence_ended()
         self.fences += 1
-        self.unfenced_reclaim = False
+        if storage is None:
+            self.unfenced_reclaim = False
 
     def fence(self, mark: str) -> None:
         """A fence outside of a transaction (open, close)."""

@@ -69,7 +69,7 @@ class Trees:
             counts[first : first + per] += counts.dtype.type(more)
         others, none = clusters[~is_ramp], np.zeros(int((~is_ramp).sum()), np.int64)
         tables = L2Tables(others, times[~is_ramp], none, none, none)
-        L2Judge(census, self._file, tables, [""], has_data_file=False).judge(None)
+        L2Judge(census, self._file, tables, [""], has_data_file=self._state.geometry.external_data).judge(None)
         counts[clusters] += times.astype(counts.dtype)
         return counts
 

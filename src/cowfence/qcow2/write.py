@@ -70,14 +70,14 @@ class Writes:
         targets, runs, home = self._plan(table, l1_index, offset, length_bytes, wait=wait)
         try:
             calls = self._vectors(targets, offset, data, wait=wait)
-            for target in targets:
+            for target in targets if not geometry.external_data else ():
                 cluster = target.host >> geometry.cluster_bits
                 state.layout.check_data(cluster, 1)
                 if not target.reserved:
                     state.allocator.check_handed_out(cluster)
             state.committer.data_written = True
             for host, buffers in calls:
-                state.storage.writev(host, buffers, "data.write")
+                state.data.writev(host, buffers, "data.write")
         except BaseException:
             state.allocator.give_back(runs)
             raise
@@ -101,12 +101,18 @@ class Writes:
         for l2_index in range(first, first + count):
             entry = table.entry(l2_index) if table is not None else 0
             kind, host = decode(state, l1_index, l2_index, entry)
-            in_place = host and kind is not RunKind.COMPRESSED and state.may_write_in_place(entry, wait=wait)
+            if geometry.external_data:
+                # The one place that a guest cluster can have, and nobody else.
+                host = (l1_index << geometry.l2_bits | l2_index) << geometry.cluster_bits
+                in_place = True
+            else:
+                in_place = host is not None and kind is not RunKind.COMPRESSED and state.may_write_in_place(entry, wait=wait)
             if geometry.extended_l2:
                 part = offset & geometry.cluster_mask if l2_index == first else 0
                 rest = (offset + length_bytes - 1 & geometry.cluster_mask) + 1 if l2_index == first + count - 1 else None
-                start, end = _span(geometry, kind, entry, part, rest or geometry.cluster_bytes, in_place=bool(in_place))
+                start, end = _span(geometry, kind, entry, part, rest or geometry.cluster_bytes, in_place=in_place)
             if in_place:
+                assert host is not None
                 old = None if kind is RunKind.DATA or _is_allocated(geometry, entry, start, end) else (kind, entry)
                 targets.append(Target(l2_index, host, old, start, end, reserved=False, hole=False))
             else:
@@ -285,7 +291,8 @@ def grow_l1(state: State, *, wait: bool, size_bytes: int | None = None) -> None:
 
 
 def free_entry(state: State, kind: RunKind, entry: int, *, discard: bool) -> None:
-    """The host clusters that an L2 entry led to lose a reference, once the entry's change is durable."""
+    """The host clusters that an L2 entry led to lose a reference, once the entry's change is durable. What stands in an external
+    data file has none."""
     bits = state.geometry.cluster_bits
     if kind is RunKind.COMPRESSED:
         mapping = decode_l2(entry, state.geometry)
@@ -293,7 +300,7 @@ def free_entry(state: State, kind: RunKind, entry: int, *, discard: bool) -> Non
         first = mapping.host_offset >> bits
         last = mapping.host_offset + mapping.length_bytes - 1 >> bits
         state.pending.free(first, last - first + 1, discard=discard)
-    elif entry & OFFSET_MASK:
+    elif entry & OFFSET_MASK and not state.geometry.external_data:
         state.pending.free((entry & OFFSET_MASK) >> bits, discard=discard)
 
 

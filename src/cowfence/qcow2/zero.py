@@ -86,7 +86,7 @@ class Zeroes:
         found = list(cluster_runs(state, l1_index, l2_index, entry, offset, offset + length_bytes))
         if all(reads_zero(state, run) for run in found):
             return length_bytes
-        if geometry.extended_l2 and found[0].kind is not RunKind.COMPRESSED:
+        if geometry.extended_l2 and found[0].kind is not RunKind.COMPRESSED and not state.raw_data:
             return self._subclusters(l1_index, l2_index, entry, offset, length_bytes, unmap=unmap, wait=wait)
         return self._writes.write(offset, memoryview(bytes(length_bytes)), wait=wait)
 
@@ -123,6 +123,9 @@ class Zeroes:
         length_bytes = min(length_bytes, ((l1_index + 1) << geometry.l1_shift) - offset, state.piece_bytes)
         if state.l2_offset(l1_index) is None and l1_index not in state.l2.tables and state.reads_zero_below(offset):
             return length_bytes
+        inside = max(0, min(length_bytes, state.size - offset))
+        if state.raw_data and inside:
+            self._zero_data(offset, inside)
         table = state.l2_table(l1_index, wait=wait, cached=True)
         first = offset >> bits & geometry.l2_entries - 1
         changes: list[tuple[int, int, RunKind, int]] = []
@@ -130,9 +133,11 @@ class Zeroes:
             entry = table.entry(first + number) if table is not None else 0
             kind, host = decode(state, l1_index, first + number, entry)
             below_zero = state.reads_zero_below(offset + (number << bits))
+            if kind is RunKind.DATA and state.raw_data and number << bits < inside:
+                continue
             if kind is RunKind.UNALLOCATED and (below_zero or discard):
                 continue
-            if kind is RunKind.ZERO and not (host and unmap):
+            if kind is RunKind.ZERO and not (host is not None and unmap):
                 continue
             if geometry.version < 3 and not (unmap and below_zero):
                 if discard:
@@ -142,18 +147,28 @@ class Zeroes:
                     length_bytes = number << bits
                     break
                 # Behind the end of the disk, where an alteration may work, whole clusters are zeroed.
-                inside = state.size - offset if offset < state.size else length_bytes
-                return self._write_zeros(offset, min(length_bytes, inside), wait=wait)
+                return self._write_zeros(offset, inside or length_bytes, wait=wait)
             keeps = kind is RunKind.DATA or kind is RunKind.SUBCLUSTERED
-            if keeps and host and not unmap and state.may_write_in_place(entry, wait=wait):
+            if keeps and host is not None and not unmap and self._may_keep(entry, wait=wait):
                 changes.append((first + number, zeroed(entry, geometry), RunKind.UNALLOCATED, 0))
             else:
                 changes.append((first + number, 0 if below_zero else zeroed(0, geometry), kind, entry))
         if changes:
+            if geometry.external_data and not state.raw_data and unmap and inside and state.discards:
+                self._zero_data(offset, inside)
             self._enter(l1_index, changes, discard=discard, wait=wait)
-            if state.record is not None:
-                state.record(offset, min(length_bytes, state.size - offset))
+        if state.record is not None and inside and (changes or state.raw_data):
+            state.record(offset, inside)
         return length_bytes
+
+    def _may_keep(self, entry: int, *, wait: bool) -> bool:
+        return self._state.geometry.external_data or self._state.may_write_in_place(entry, wait=wait)
+
+    def _zero_data(self, offset: int, length_bytes: int) -> None:
+        """Zeros in the external data file, ahead of the entries: whoever finds the old ones finds old bytes or zeros, as he may
+        of what was zeroed or discarded and not flushed. (To punch it later could hit what was written since.)"""
+        self._state.committer.data_written = True
+        self._state.data.zero(offset, length_bytes, "data.write")
 
     def _write_zeros(self, offset: int, length_bytes: int, *, wait: bool) -> int:
         piece = min(length_bytes, max(_ZERO_PIECE_BYTES, self._state.geometry.cluster_bytes))

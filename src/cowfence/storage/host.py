@@ -14,6 +14,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from cowfence.errors import Invalid
+
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
@@ -25,6 +27,14 @@ _STATX_DIOALIGN = 0x2000
 _STATX_DIO_FIELDS = struct.Struct("=152xII96x")  # struct statx: dio_mem_align and dio_offset_align of 256 bytes
 
 _UNKNOWN_ALIGNMENT_BYTES = 4096
+
+
+def go_direct(fd: int, name: str) -> None:
+    """Let an open descriptor go around the page cache (O_DIRECT). Raises Invalid where its filesystem cannot."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        raise Invalid(f"{name}: its filesystem has no direct I/O (O_DIRECT)") from error
 
 
 def above_standard(fd: int) -> int:
