@@ -248,8 +248,8 @@ def create(
 
     ``backing``: the name to store, relative to the new image's directory, with its ``backing_format`` ("qcow2" or "raw"); then
     ``size`` may be None, for that of the backing file. ``refs``: the policy by which that is opened, as in ``open``.
-    ``data_file``: the name of a file for the guest's data, which is made, too, and replaced; ``data_file_raw``: it can be read by
-    itself.
+    ``data_file``: the name of a file for the guest's data, which is made (or replaced), too; ``data_file_raw``: it can be read
+    by itself.
 
     Raises Invalid (options that make no image), Refused, Locked (the file to replace is in use), NoSpace, StorageFailed; then
     what stood at the path still does.

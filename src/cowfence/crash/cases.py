@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cowfence.crash.explore import Model, Verdicts, Violation, Walk
-from cowfence.crash.images import BACKING, IMAGE, ImageSpec, build, parse_image
+from cowfence.crash.images import BACKING, DATA, IMAGE, ImageSpec, build, parse_image
 from cowfence.crash.judge import Judge
 from cowfence.crash.kept import KeptWalk
 from cowfence.crash.kill import KillModel
@@ -151,6 +151,8 @@ def _nested(case: Case, first: Recording) -> Recording:
     run = Run(case.image)
     run.log = log
     run.memory = MemoryStorage(contents[IMAGE], name=IMAGE)
+    if DATA in contents:
+        run.data = MemoryStorage(contents[DATA], name=DATA)
     if BACKING in contents:
         run.below = MemoryStorage(contents[BACKING], name=BACKING)
     run.take_over(first.journals, case.nested.position)

@@ -10,18 +10,22 @@ from __future__ import annotations
 import functools
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from cowfence.errors import Invalid
 from cowfence.qcow2.assemble import Options
 from cowfence.qcow2.create import NewImage, write_new
-from cowfence.qcow2.image import open_image
+from cowfence.qcow2.image import Qcow2Disk, open_image
 from cowfence.storage.memory import MemoryStorage
 from cowfence.units import SECTOR_BYTES
 
 IMAGE: Final = "image"
 BACKING: Final = "backing"
+DATA: Final = "data"
+"""The external data file."""
 
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _COPIED: Final = 1 << 63
@@ -60,6 +64,14 @@ class ImageSpec(NamedTuple):
     """Left by an engine that postpones refcounts: the dirty bit is set, and clusters in use have no count."""
     extended: bool = False
     """L2 entries are extended: clusters have subclusters."""
+    data: bool = False
+    """The guest's data has a file of its own."""
+    rawdata: bool = False
+    """It has one that can be read by itself."""
+
+    @property
+    def external(self) -> bool:
+        return self.data or self.rawdata
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", f"t{self.cache}"]
@@ -70,7 +82,21 @@ class ImageSpec(NamedTuple):
         return ",".join(words)
 
 
-_FLAGS: Final = ("aged", "short_l1", "full", "cold", "smaller", "diverged", "wide", "keeper", "bitmap", "dirty", "extended")
+_FLAGS: Final = (
+    "aged",
+    "short_l1",
+    "full",
+    "cold",
+    "smaller",
+    "diverged",
+    "wide",
+    "keeper",
+    "bitmap",
+    "dirty",
+    "extended",
+    "data",
+    "rawdata",
+)
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 
 
@@ -126,8 +152,12 @@ def build(spec: ImageSpec) -> Built:
     """The image of a description. Raises Invalid for what cannot be."""
     if spec.version == 2 and spec.refcount_bits != 16:
         raise Invalid("version 2 has refcounts of 16 bits")
-    if spec.version == 2 and (spec.dirty or spec.bitmap or spec.extended):
-        raise Invalid("version 2 has neither dirty bit, nor bitmaps, nor subclusters")
+    if spec.version == 2 and (spec.dirty or spec.bitmap or spec.extended or spec.external):
+        raise Invalid("version 2 has neither dirty bit, nor bitmaps, nor subclusters, nor data files")
+    if spec.external and spec.snapshots:
+        raise Invalid("with a data file there are no snapshots")
+    if spec.rawdata and spec.backing != "none":
+        raise Invalid("a data file that can be read by itself has nothing below it")
     if spec.cluster_bytes < SECTOR_BYTES:
         raise Invalid(f"clusters of {spec.cluster_bytes} bytes are too small")
     if spec.snapshots > 2:
@@ -140,28 +170,40 @@ def build(spec: ImageSpec) -> Built:
     cluster = spec.cluster_bytes
     backing = _backing(spec, size)
     storage = MemoryStorage(name=IMAGE)
-    named = {"backing_name": BACKING, "backing_format": spec.backing} if backing is not None else {}
-    wanted = NewImage(size, cluster, spec.refcount_bits, spec.version, extended_l2=spec.extended, **named)  # type: ignore[arg-type]
+    wanted = NewImage(
+        size,
+        cluster,
+        spec.refcount_bits,
+        spec.version,
+        extended_l2=spec.extended,
+        data_file=DATA if spec.external else None,
+        data_file_raw=spec.rawdata,
+        preallocate_metadata=spec.rawdata,
+        backing_name=BACKING if backing is not None else None,
+        backing_format=spec.backing if backing is not None else None,
+    )
     write_new(storage, wanted)
-    content = storage.snapshot()
+    files = {IMAGE: storage.snapshot()}
+    if spec.external:
+        files[DATA] = bytes(size)
     if spec.aged:
-        content = _aged(content, spec)
+        _age(files, spec)
     elif spec.full:
         block = cluster * 8 // spec.refcount_bits
-        content = _worked_on(content, [("write", 0, (block - 18) * cluster)])
+        _work(files, [("write", 0, (block - 18) * cluster)])
     elif spec.short_l1 or spec.snapshots:
-        content = _worked_on(content, [("write", 0, 4 * cluster)])
+        _work(files, [("write", 0, 4 * cluster)])
     for number in range(spec.snapshots):
-        content = snapshotted(content, number, size // 2 if spec.smaller else size)
+        files[IMAGE] = snapshotted(files[IMAGE], number, size // 2 if spec.smaller else size)
     if spec.diverged:
-        content = _flagged(_worked_on(content, [("write", 0, 2 * cluster), ("write", 6 * cluster, cluster)], serial=91))
+        _work(files, [("write", 0, 2 * cluster), ("write", 6 * cluster, cluster)], serial=91)
+        files[IMAGE] = _flagged(files[IMAGE])
     if spec.short_l1:
-        content = content[:36] + struct.pack(">I", 1) + content[40:]
+        files[IMAGE] = files[IMAGE][:36] + struct.pack(">I", 1) + files[IMAGE][40:]
     if spec.bitmap:
-        content = _with_bitmap(content)
+        _add_bitmap(files)
     if spec.dirty:
-        content = _dirty(content)
-    files = {IMAGE: content}
+        files[IMAGE] = _dirty(files[IMAGE])
     if backing is not None:
         files[BACKING] = backing
     return Built(files, size)
@@ -175,26 +217,36 @@ def _backing(spec: ImageSpec, size: int) -> bytes | None:
     storage = MemoryStorage(name=BACKING)
     shorter = size * 3 // 4
     write_new(storage, NewImage(shorter, spec.cluster_bytes, 16, 3))
-    return _worked_on(storage.snapshot(), [("write", 0, shorter // 2)], serial=81)
+    files = {IMAGE: storage.snapshot()}
+    _work(files, [("write", 0, shorter // 2)], serial=81)
+    return files[IMAGE]
 
 
-def _worked_on(content: bytes, steps: list[tuple[str, int, int]], serial: int = 90) -> bytes:
-    storage = MemoryStorage(content, name=IMAGE)
-    disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
-    for verb, offset, length_bytes in steps:
-        if verb == "write":
-            disk.write(offset, tagged(offset, length_bytes, serial))
-        else:
-            disk.zero(offset, length_bytes, unmap=verb == "zero")
+@contextmanager
+def _opened(files: dict[str, bytes]) -> Iterator[Qcow2Disk]:
+    """The image, without its backing file, as a disk; ``files`` are what they have become when it is closed."""
+    storage = {file: MemoryStorage(content, name=file) for file, content in files.items()}
+    options = Options(commit_interval=None)
+    disk = open_image(storage[IMAGE], backing=None, writable=True, options=options, data=storage.get(DATA))
+    yield disk
     disk.close()
-    return storage.snapshot()
+    files.update((file, memory.snapshot()) for file, memory in storage.items())
+
+
+def _work(files: dict[str, bytes], steps: list[tuple[str, int, int]], serial: int = 90) -> None:
+    with _opened(files) as disk:
+        for verb, offset, length_bytes in steps:
+            if verb == "write":
+                disk.write(offset, tagged(offset, length_bytes, serial))
+            else:
+                disk.zero(offset, length_bytes, unmap=verb == "zero")
 
 
 AGED: Final = {"allocated": 0, "zero": 2, "zero_allocated": 3, "compressed": 4, "compressed_too": 5, "free": 6}
 """By kind, a guest cluster of an aged image."""
 
 
-def _aged(content: bytes, spec: ImageSpec) -> bytes:
+def _age(files: dict[str, bytes], spec: ImageSpec) -> None:
     cluster = spec.cluster_bytes
     steps = [("write", 0, 6 * cluster)]
     if spec.version >= 3:
@@ -206,8 +258,9 @@ def _aged(content: bytes, spec: ImageSpec) -> bytes:
         part = cluster // 32
         steps += [("keep", part, 2 * part), ("write", (AGED["free"] + 1) * cluster + 3 * part, part)]
         steps += [("keep", (AGED["free"] + 1) * cluster + 5 * part, part)]
-    content = _worked_on(content, steps)
-    return compressed(content, [4 * cluster, 5 * cluster], share=spec.refcount_bits > 1)
+    _work(files, steps)
+    if not spec.external:
+        files[IMAGE] = compressed(files[IMAGE], [4 * cluster, 5 * cluster], share=spec.refcount_bits > 1)
 
 
 class Patch:
@@ -325,13 +378,10 @@ def snapshotted(content: bytes, number: int = 0, size_bytes: int | None = None) 
     return bytes(patch.data)
 
 
-def _with_bitmap(content: bytes) -> bytes:
-    """``content`` with a bitmap that has just been made."""
-    storage = MemoryStorage(content, name=IMAGE)
-    disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
-    disk.bitmaps.add("bitmap", granularity_bytes=SECTOR_BYTES)
-    disk.close()
-    return storage.snapshot()
+def _add_bitmap(files: dict[str, bytes]) -> None:
+    """A bitmap that has just been made."""
+    with _opened(files) as disk:
+        disk.bitmaps.add("bitmap", granularity_bytes=SECTOR_BYTES)
 
 
 def _dirty(content: bytes) -> bytes:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from cowfence.crash.device import CrashState, Unit
+from cowfence.crash.images import DATA
 from cowfence.crash.structure import Finding, Structure, inspect
 from cowfence.disk.base import Disk
 from cowfence.errors import CowfenceError
@@ -174,13 +175,13 @@ class Judge:
         subject = self._subject
         seen = Seen()
 
-        def files(*, writable: bool, after: _Tracked | None = None) -> dict[str, _Tracked]:
-            """The files anew; ``after``: the image as it was left."""
+        def files(*, writable: bool, after: Mapping[str, _Tracked] | None = None) -> dict[str, _Tracked]:
+            """The files anew; ``after``: the image, and its data file, as they were left."""
             made = {}
             for file, content in contents.items():
-                mine = file == subject.image
-                own = after.own if after is not None and mine else set()
-                whole = after.snapshot() if after is not None and mine else content
+                mine = file in (subject.image, DATA)
+                own = after[file].own if after is not None and mine else set()
+                whole = after[file].snapshot() if after is not None and mine else content
                 made[file] = _Tracked(whole, file, order, self._unit_bytes, own, writable=writable and mine)
             return made
 
@@ -198,11 +199,15 @@ class Judge:
         except CowfenceError as error:
             seen.error = str(error)
             return _Leaf(seen, passing)
+        if seen.structure.raw:
+            alone = reading[DATA].snapshot()[: len(guest)].ljust(len(guest), b"\0")
+            if alone != guest:
+                seen.problems.append(("C15", "the data file, which is raw, does not read as the disk does"))
         if self._live and not seen.structure.findings:
             if not seen.structure.dirty:
                 seen.problems.extend(_repaired(subject, files, seen, guest))
             seen.problems.extend(_lived_on(subject, files, seen, guest))
-        data = self._data(contents[subject.image], guest, seen.structure, passing)
+        data = self._data(contents[self._data_file(seen.structure)], guest, seen.structure, passing)
         passed = {datum.sector for datum in data}
         for sector in range(-(-max(len(guest), len(self._before)) // SECTOR_BYTES)):
             value = guest[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
@@ -212,13 +217,17 @@ class Judge:
 
     def _passing(self, structure: Structure, tables: set[Unit]) -> frozenset[Unit]:
         """The units of plain data that hold no table, compressed cluster or data of a snapshot."""
-        image, data_bytes = self._subject.image, structure.data_bytes
+        file, data_bytes = self._data_file(structure), structure.data_bytes
         return frozenset(
             unit
             for _, host_at in structure.data
             for number in range(host_at // self._unit_bytes, (host_at + data_bytes - 1) // self._unit_bytes + 1)
-            if (unit := (image, number)) not in tables
+            if (unit := (file, number)) not in tables
         )
+
+    def _data_file(self, structure: Structure) -> str:
+        """The file in which the guest's data stands."""
+        return DATA if structure.external else self._subject.image
 
     def _data(self, content: bytes, guest: bytes, structure: Structure, passing: frozenset[Unit]) -> list[_Datum]:
         """The guest's sectors in those units."""
@@ -226,7 +235,7 @@ class Judge:
         for guest_at, host_at in structure.data:
             for at in range(0, structure.data_bytes, SECTOR_BYTES):
                 host, sector = host_at + at, (guest_at + at) // SECTOR_BYTES
-                unit = (self._subject.image, host // self._unit_bytes)
+                unit = (self._data_file(structure), host // self._unit_bytes)
                 value = guest[guest_at + at : guest_at + at + SECTOR_BYTES]
                 if unit not in passing or not value:
                     continue
@@ -305,7 +314,7 @@ def _lived_on(subject: Subject, files: MakeFiles, seen: Seen, guest: bytes) -> l
             return [("C10", f"after more writes: {after.findings[0].text}")]
         if after.facts != seen.structure.facts:
             return [("C10", "more writes change the image's facts or snapshots")]
-        if _read(subject, files(writable=False, after=image)) != bytes(expected):
+        if _read(subject, files(writable=False, after=copy)) != bytes(expected):
             return [("C10", "after more writes the guest does not read what it wrote")]
     except CowfenceError as error:
         return [("C10", f"it cannot be worked on: {error}")]

@@ -103,9 +103,10 @@ def _write_fua(run: Run, step: Step) -> None:
 
 @operation("write_compressed", places=True, whole=True)
 def _write_compressed(run: Run, step: Step) -> None:
-    data = run.new_data(step)
-    with run.writing(step.offset, data):
-        run.disk.write_compressed(step.offset, data)
+    if not run.spec.external:
+        data = run.new_data(step)
+        with run.writing(step.offset, data):
+            run.disk.write_compressed(step.offset, data)
 
 
 @operation("zero", places=True, request=lambda step, _: Request(Verb.ZERO, step.offset, step.length_bytes, unmap=True))
@@ -194,7 +195,7 @@ def _repair(run: Run, step: Step) -> None:  # noqa: ARG001
 @operation("snapshot_create")
 def _snapshot_create(run: Run, step: Step) -> None:  # noqa: ARG001
     """Of small disks three snapshots are enough."""
-    if len(run.disk.snapshots()) < _MOST_SNAPSHOTS:
+    if len(run.disk.snapshots()) < _MOST_SNAPSHOTS and not run.spec.external:
         with run.altering() as facts:
             create_snapshot(run.disk, "new", date_nanoseconds=0)
         before, after = _lists(facts)
@@ -320,7 +321,7 @@ def _amend_refcounts(run: Run, step: Step) -> None:  # noqa: ARG001
 def _amend_version(run: Run, step: Step) -> None:  # noqa: ARG001
     """Back and forth, where version 2 can hold the image."""
     header = run.disk.header
-    if header.version < 3 or not (header.snapshot_count or header.bitmaps or header.geometry.extended_l2):
+    if header.version < 3 or not (header.snapshot_count or header.bitmaps or header.geometry.extended_l2 or run.spec.external):
         with run.altering():
             amend_disk(run.disk, Amendment(version=5 - header.version))
 

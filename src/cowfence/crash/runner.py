@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cowfence.crash.images import BACKING, IMAGE, Built, ImageSpec, build, options, tagged
+from cowfence.crash.images import BACKING, DATA, IMAGE, Built, ImageSpec, build, options, tagged
 from cowfence.crash.operations import OPERATIONS, Step
 from cowfence.crash.structure import inspect
 from cowfence.disk.base import BLOCKED, Disk
@@ -64,6 +64,7 @@ class EngineSubject:
             options=options(self.spec),
             journal=journal,
             snapshot=snapshot,
+            data=files.get(DATA),
         )
 
     def open_backing(self, storage: Storage) -> RawDisk | Qcow2Disk:
@@ -121,6 +122,7 @@ class Run:
         self._journal: Journal | None = None
         self.journals: dict[int, bytes] = {}
         self.memory = MemoryStorage(self.built.files[IMAGE], name=IMAGE)
+        self.data = MemoryStorage(self.built.files[DATA], name=DATA) if DATA in self.built.files else None
         self.below = MemoryStorage(self.built.files[BACKING], name=BACKING) if BACKING in self.built.files else None
         # The calls that fail are counted from here on: an image that does not even open is no case.
         nth, self._plan.nth = self._plan.nth, None
@@ -136,7 +138,9 @@ class Run:
     # Opening
 
     def _open(self, *, writable_below: bool = False) -> Qcow2Disk:
-        files: dict[str, Storage] = {IMAGE: self._watched()}
+        files: dict[str, Storage] = {IMAGE: self._watched(self.memory)}
+        if self.data is not None:
+            files[DATA] = self._watched(self.data)
         if self.below is not None:
             files[BACKING] = self.watched_below() if writable_below else self._below_as_it_is()
         self._opening = True
@@ -154,8 +158,8 @@ class Run:
         if self._journal is not None:
             self.journals[self.log.note(event)] = self._journal.snapshot()
 
-    def _watched(self) -> Storage:
-        watched: Storage = FaultyStorage(RecordingStorage(self.memory, self.log, IMAGE), self._plan)
+    def _watched(self, memory: MemoryStorage) -> Storage:
+        watched: Storage = FaultyStorage(RecordingStorage(memory, self.log, memory.name), self._plan)
         return _Cold(watched) if self.spec.cold else watched
 
     def _below_as_it_is(self) -> MemoryStorage:
@@ -167,6 +171,12 @@ class Run:
         """The backing file for writing, its calls recorded."""
         self.below = MemoryStorage(self._below_as_it_is().snapshot(), name=BACKING)
         return FaultyStorage(RecordingStorage(self.below, self.log, BACKING), self._plan)
+
+    def _anew(self) -> None:
+        """The files as another process finds them."""
+        self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        if self.data is not None:
+            self.data = MemoryStorage(self.data.snapshot(), name=DATA)
 
     def open_below(self) -> Disk:
         """The backing file as a disk, for reading."""
@@ -186,6 +196,8 @@ class Run:
 
     def _read_plainly(self, content: bytes, snapshot: str | None = None) -> bytes:
         files: dict[str, Storage] = {IMAGE: MemoryStorage(content, name=IMAGE, writable=False)}
+        if self.data is not None:
+            files[DATA] = MemoryStorage(self.data.snapshot(), name=DATA, writable=False)
         if self.below is not None:
             files[BACKING] = self._below_as_it_is()
         disk = self.subject.open(files, writable=False, snapshot=snapshot)
@@ -194,21 +206,21 @@ class Run:
     def open_again(self, *, writable_below: bool = False) -> None:
         """After a close: the same file, in a new process. ``writable_below``: for a commit."""
         self._journal = None
-        self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        self._anew()
         self.disk = self._open(writable_below=writable_below)
 
     def kill(self, *, repair_leaks: bool = False) -> None:
         """What the process wrote stands in the page cache, and is not durable. A plan of faults has had its time."""
         self._plan.nth = None
-        self.memory = MemoryStorage(self.memory.snapshot(), name=IMAGE)
+        self._anew()
         self._opening = True
         if self._journal is not None:
             # The keeper does its work first; it holds the lock until it is done.
             self._journal = Journal(bytearray(self._journal.snapshot()), observe=self._observe)
-            replay(self._watched(), self._journal)
+            replay(self._watched(self.memory), self._journal, None if self.data is None else self._watched(self.data))
             self._observe("keeper.worked")
         if repair_leaks:
-            repair(self._watched(), Mode.LEAKS)
+            repair(self._watched(self.memory), Mode.LEAKS)
         self.disk = self._open()
         self._opening = True
         self.log.note("reopened", data=self.disk.read(0, self.disk.size))

@@ -22,7 +22,9 @@ _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _BACKING_FORMAT: Final = 0xE2792ACA
 _BITMAPS: Final = 0x23852875
 _DIRTY: Final = 1
+_DATA_FILE: Final = 4
 _EXTENDED_L2: Final = 16
+_RAW_DATA: Final = 2
 _SUBCLUSTERS: Final = 32
 _BITMAPS_VALID: Final = 1
 
@@ -68,6 +70,10 @@ class Structure:
     """(guest offset, host offset) of each plain data cluster, or subcluster, of the active disk."""
     data_bytes: int = 512
     """Length of each of them."""
+    external: bool = False
+    """They stand in an external data file."""
+    raw: bool = False
+    """Which can be read by itself."""
     dirty: bool = False
     """The dirty bit is set."""
     bitmaps: list[Bitmap] = field(default_factory=list)
@@ -155,6 +161,8 @@ class _Judge:
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
         self.bits, self.order, self.version = bits, order, version
         self.step = _step(content)
+        self.result.external = version >= 3 and bool(content[79] & _DATA_FILE)
+        self.result.raw = self.result.external and bool(content[95] & _RAW_DATA)
         self.result.cluster_bytes = 1 << bits
         self.result.data_bytes = (1 << bits) // (_SUBCLUSTERS if self.step == 16 else 1)
         self.end = -(-len(content) // (1 << bits))
@@ -337,7 +345,7 @@ class _Judge:
         return self.content[entry & _OFFSET :][:cluster_bytes].ljust(cluster_bytes, b"\0")
 
     def _entry(self, entry: int, bitmap: int | None, what: str, at: int, guest: int, *, active: bool) -> None:
-        if entry & _COMPRESSED:
+        if entry & _COMPRESSED and not self.result.external:
             shift = 62 - (self.bits - 8)
             offset = entry & (1 << shift) - 1
             sectors = (entry >> shift & (1 << 62 - shift) - 1) + 1
@@ -351,6 +359,9 @@ class _Judge:
             return
         host = entry & _OFFSET
         zero = entry & 1
+        if self.result.external:
+            self._external(entry, bitmap, what, at, guest)
+            return
         whole = (1 << _SUBCLUSTERS) - 1
         # As if a plain cluster were one subcluster.
         allocated = (0 if zero else 1) if bitmap is None else bitmap & whole
@@ -375,6 +386,26 @@ class _Judge:
                 ]
             if cluster in self.tables:
                 self._find(f"{what} leads onto the {self.tables[cluster]}", at, host)
+
+    def _external(self, entry: int, bitmap: int | None, what: str, at: int, guest: int) -> None:
+        """An entry that leads into the data file: nothing is counted there, and every cluster has its one place."""
+        leads = bool(entry & _COPIED)
+        zero = entry & 1
+        if bitmap is None:
+            allocated, zeroed = (1 if leads and not zero else 0), zero
+        else:
+            allocated, zeroed = bitmap & (1 << _SUBCLUSTERS) - 1, bitmap >> _SUBCLUSTERS
+        if (
+            entry & ~(_OFFSET | _COPIED | 1)
+            or entry & _OFFSET != (guest if leads else 0)
+            or (zero and bitmap is not None)
+            or (not leads and (allocated or not zeroed))
+            or allocated & zeroed
+        ):
+            self._find(f"{what} is {entry:#x}, in an image with a data file", at)
+            return
+        size = self.result.data_bytes
+        self.result.data += [(guest + n * size, guest + n * size) for n in range(allocated.bit_length()) if allocated >> n & 1]
 
     def _counts(self, blocks: tuple[int, ...]) -> None:
         """Every count against the references. A count of 64 bits is as good as any: only differences matter."""

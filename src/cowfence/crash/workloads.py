@@ -65,6 +65,16 @@ def all_images() -> list[ImageSpec]:
                 (16384, {"aged": True, "bitmap": True, "refcount_bits": 1, "discards": False}),
             )
         ),
+        ImageSpec(data=True),
+        ImageSpec(data=True, aged=True),
+        ImageSpec(data=True, aged=True, cache=1, backing="qcow2"),
+        ImageSpec(data=True, aged=True, cluster_bytes=4096, backing="raw", refcount_bits=1),
+        ImageSpec(data=True, aged=True, keeper=True, bitmap=True),
+        ImageSpec(data=True, aged=True, extended=True, cluster_bytes=16384, backing="raw"),
+        ImageSpec(rawdata=True),
+        ImageSpec(rawdata=True, aged=True, cache=1),
+        ImageSpec(rawdata=True, aged=True, cluster_bytes=65536, refcount_bits=64),
+        ImageSpec(rawdata=True, extended=True, cluster_bytes=16384),
         ImageSpec(refcount_bits=64, full=True),
         ImageSpec(refcount_bits=64, full=True, cache=1),
     ]

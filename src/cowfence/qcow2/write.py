@@ -291,8 +291,8 @@ def grow_l1(state: State, *, wait: bool, size_bytes: int | None = None) -> None:
 
 
 def free_entry(state: State, kind: RunKind, entry: int, *, discard: bool) -> None:
-    """The host clusters that an L2 entry led to lose a reference, once the entry's change is durable. What stands in an external
-    data file has none."""
+    """The host clusters that an L2 entry led to lose a reference, once the entry's change is durable. In an external data file
+    they have none."""
     bits = state.geometry.cluster_bits
     if kind is RunKind.COMPRESSED:
         mapping = decode_l2(entry, state.geometry)
