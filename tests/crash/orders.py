@@ -28,7 +28,7 @@ from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Change, Committer, Freed, Frozen, Pending, Stage, write_changes
 from cowfence.qcow2.verify import Survey
 from cowfence.qcow2.write import Writes
-from cowfence.storage.base import Buffer
+from cowfence.storage.base import Buffer, Storage
 from cowfence.storage.record import RecordingStorage
 from cowfence.storage.wrapper import StorageWrapper
 
@@ -124,11 +124,27 @@ def order(*actions: str) -> Patch:
 def _no_flush_fence() -> Iterator[None]:
     true = Committer._fence
 
-    def fence(self: Committer, mark: str) -> None:
+    def fence(self: Committer, mark: str, storage: Storage | None = None) -> None:
         if mark not in ("link.fence", "data.fence"):
-            true(self, mark)
+            true(self, mark, storage)
 
     with mock.patch.object(Committer, "_fence", fence):
+        yield
+
+
+@contextmanager
+def _data_file_not_fenced() -> Iterator[None]:
+    """Entries are linked while what they lead to in the data file is not durable."""
+    true = Committer._commit
+
+    def commit(self: Committer, frozen: Frozen) -> None:
+        external, self._data = self._data, None
+        try:
+            true(self, frozen)
+        finally:
+            self._data = external
+
+    with mock.patch.object(Committer, "_commit", commit):
         yield
 
 
@@ -356,6 +372,7 @@ CASES = {
     name: parse_case(text)
     for name, text in {
         "allocate": "v3,c512,r16,t64 | write:0+512 flush",
+        "data-file": "v3,c512,r16,t64,data | write:0+512 flush",
         "in-place-and-new": "v3,c512,r16,t64,aged | write:0+512 write:5120+512 flush",
         "compressed": "v3,c512,r16,t64,aged | write:2048+512 write:4608+512 flush write:5120+512 flush",
         "shared": "v3,c512,r16,t64,aged,s1 | write:0+512 flush",
@@ -458,6 +475,14 @@ MUTANTS = [
         says="`refcount_block.new`",
     ),
     Mutant(
+        "M24 data file not fenced before L2",
+        "data-file",
+        _data_file_not_fenced,
+        power_only=True,
+        clauses=("C2", "C3"),
+        says="`data.write`",
+    ),
+    Mutant(
         "M26 bitmap directory changed under a set autoclear bit",
         "bitmap-closed",
         _directory_in_place,
@@ -478,7 +503,3 @@ MUTANTS = [
     ),
 ]
 
-WAITING = {
-    "M24": "data file",
-}
-"""Broken orders of operations that the engine does not have yet."""

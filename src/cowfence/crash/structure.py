@@ -87,7 +87,9 @@ class Place(NamedTuple):
 
     name: str
     entry_at: int
-    host_offset: int
+    host_offset: int | None
+    external: bool = False
+    """It leads into the data file."""
 
 
 def inspect(content: bytes, touch: Touch | None = None) -> Structure:
@@ -114,7 +116,7 @@ def active_digest(content: bytes) -> bytes:
 
 
 def locate(content: bytes, guest_offset: int) -> Place | None:
-    """The L2 entry of a guest offset; None where the tables cannot be followed. ``host_offset`` 0: it leads nowhere."""
+    """The L2 entry of a guest offset; None where the tables cannot be followed. ``host_offset`` None: it leads nowhere."""
     try:
         bits, l1_at = struct.unpack_from(">I", content, 20)[0], struct.unpack_from(">Q", content, 40)[0]
         step = _step(content)
@@ -122,12 +124,14 @@ def locate(content: bytes, guest_offset: int) -> Place | None:
         l1_index, l2_index = guest_offset >> bits + l2_bits, guest_offset >> bits & (1 << l2_bits) - 1
         l2_at = struct.unpack_from(">Q", content, l1_at + l1_index * 8)[0] & _OFFSET
         if not l2_at:
-            return Place(f"L1[{l1_index}]", l1_at + l1_index * 8, 0)
+            return Place(f"L1[{l1_index}]", l1_at + l1_index * 8, None)
         entry = struct.unpack_from(">Q", content, l2_at + l2_index * step)[0]
     except struct.error:
         return None
     host = entry & (1 << 62 - (bits - 8)) - 1 & ~511 if entry & _COMPRESSED else entry & _OFFSET
-    return Place(f"L2[{l1_index}][{l2_index}]", l2_at + l2_index * step, host)
+    external = bool(content[79] & _DATA_FILE) and struct.unpack_from(">I", content, 4)[0] >= 3
+    leads = bool(entry & _COPIED) if external else bool(host)
+    return Place(f"L2[{l1_index}][{l2_index}]", l2_at + l2_index * step, host if leads else None, external)
 
 
 def _step(content: bytes) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cowfence.crash.device import Base, Choice, CrashState
+from cowfence.crash.images import DATA
 from cowfence.crash.judge import Judge, Seen, Subject
 from cowfence.crash.model import GuestModel
 from cowfence.crash.oracles import Oracle, Verdict
@@ -114,14 +115,15 @@ def edge(witness: Witness, verdict: Verdict, entries: Sequence[Entry], position:
     """One sentence: which pointer is there, what is missing behind it, and where the fence or the order is wrong."""
     content = witness.contents()[image]
     pointer_at, target_at = verdict.pointer_at, verdict.target_at
-    name = ""
+    name, target_file = "", image
     if verdict.sector is not None:
         place = locate(content, verdict.sector * SECTOR_BYTES)
         if place is None:
             return verdict.what
         within = verdict.sector * SECTOR_BYTES % (1 << int.from_bytes(content[20:24], "big"))
         pointer_at, name = place.entry_at, place.name
-        target_at = place.host_offset + within if place.host_offset else None
+        target_at = None if place.host_offset is None else place.host_offset + within
+        target_file = DATA if place.external else image
     if pointer_at is None and (found := re.search(r"offset (0x[0-9a-f]+)", verdict.what)):
         # The engine says where it could not read: somebody wrote there what does not belong.
         marks = [mark for mark in _writes(entries, image, int(found[1], 16)) if mark.position <= position]
@@ -134,9 +136,9 @@ def edge(witness: Witness, verdict: Verdict, entries: Sequence[Entry], position:
         return f"{verdict.what}: written by `{pointer.name}`" if pointer is not None else verdict.what
     if target_at is None or verdict.clause == "C2":
         in_place = target_at is not None and not _is_lost(witness, image, pointer_at)
-        at = target_at if in_place and target_at is not None else pointer_at
-        return _lost(name or f"the entry at {pointer_at:#x}", at, verdict, entries, image, position)
-    target = _missing(entries, position, image, target_at, witness)
+        file, at = (target_file, target_at) if in_place and target_at is not None else (image, pointer_at)
+        return _lost(name or f"the entry at {pointer_at:#x}", at, verdict, entries, file, position)
+    target = _missing(entries, position, target_file, target_at, witness)
     order = _order(pointer, target)
     if verdict.name:
         return f"{verdict.name} is durable, its count at {target_at:#x} is not ({verdict.what}): {order}"
