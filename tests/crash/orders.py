@@ -502,4 +502,3 @@ MUTANTS = [
         clauses=("C3", "C5"),
     ),
 ]
-

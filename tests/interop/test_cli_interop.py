@@ -108,7 +108,7 @@ def test_info(tmp_path: Path, build: Build, output: str) -> None:
 
 
 @pytest.mark.parametrize("output", ["human", "json"])
-def test_info_of_what_we_cannot_open(tmp_path: Path, output: str) -> None:
+def test_info_of_rarer_kinds(tmp_path: Path, output: str) -> None:
     for options in ("extended_l2=on", "data_file=d,data_file_raw=on"):
         qemu_img(tmp_path, "create", "-f", "qcow2", "-o", options, "a", "1M")
         expected = qemu_img(tmp_path, "info", f"--output={output}", "a")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import cowfence
+from cowfence.errors import Unsupported
 from cowfence.ops.snapshot import create_snapshot
 from cowfence.qcow2.image import Qcow2Disk
 from helpers_cli import cowfence as command
@@ -36,11 +37,13 @@ class Kind(NamedTuple):
     backing: str
     preallocation: str
     extended: bool
+    data_file: str
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", self.compression, self.backing]
         words += [f"s{self.snapshots}", f"b{self.bitmaps}", self.preallocation, *(["lazy"] if self.lazy else [])]
         words += ["extended"] if self.extended else []
+        words += [f"data-{self.data_file}"] if self.data_file != "none" else []
         return "-".join(words)
 
 
@@ -55,6 +58,7 @@ OPTIONS = {
     "backing": ("none", "raw", "qcow2"),
     "preallocation": ("off", "metadata"),
     "extended": (False, True),
+    "data_file": ("none", "plain", "raw"),
 }
 
 
@@ -64,6 +68,8 @@ def can_be(kind: Kind) -> bool:
         (old and (kind.refcount_bits != 16 or kind.lazy or kind.compression != "zlib" or kind.bitmaps))
         # A cluster that three compressed ones share is counted as high as two bits can.
         or (kind.snapshots and kind.refcount_bits <= 2)
+        or (kind.data_file != "none" and (old or kind.snapshots))
+        or (kind.data_file == "raw" and kind.backing != "none")
         or (kind.extended and (old or kind.cluster_bytes < 16384))
         or (kind.backing != "none" and kind.preallocation != "off" and not kind.extended)
     )
@@ -119,7 +125,9 @@ def by_qemu(path: Path, guest: Guest, count: int) -> None:
     run(["qemu-io", *commands, path])
 
 
-def compared(path: Path, expected: bytes) -> None:
+def compared(path: Path, expected: bytes, kind: Kind) -> None:
+    if kind.data_file == "raw":
+        assert path.with_suffix(".data").read_bytes() == expected
     raw = path.with_suffix(".expected")
     raw.write_bytes(expected)
     run(["qemu-img", "check", path])
@@ -152,11 +160,23 @@ def options(kind: Kind) -> str:
     if kind.version == 3:
         found += [f"refcount_bits={kind.refcount_bits}", f"lazy_refcounts={'on' if kind.lazy else 'off'}"]
         found += [f"compression_type={kind.compression}", f"extended_l2={'on' if kind.extended else 'off'}"]
+    if kind.data_file != "none":
+        found += ["data_file=disk.data", f"data_file_raw={'on' if kind.data_file == 'raw' else 'off'}"]
     return ",".join([*found, f"preallocation={kind.preallocation}"])
 
 
+def compresses(disk: Qcow2Disk, kind: Kind, at: int, data: bytes) -> None:
+    """What is there already, written compressed, where there can be compressed clusters."""
+    if kind.data_file == "none":
+        disk.write_compressed(at, data)
+    else:
+        with pytest.raises(Unsupported, match="external data file"):
+            disk.write_compressed(at, data)
+
+
 @pytest.mark.parametrize("kind", covering(), ids=str)
-def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind) -> None:
+def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # QEMU looks for a data file where it stands, we beside the image.
     path, size = tmp_path / "disk.qcow2", 8 * MIB
     guest = Guest(size, base_of(kind, tmp_path, size), 1)
     backing = ["-b", f"base.{kind.backing}", "-F", kind.backing] if kind.backing != "none" else []
@@ -174,9 +194,9 @@ def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind) -> None:
         assert disk.read(0, size) == before
         by_us(disk, guest, 20)
         cluster = max(65536, kind.cluster_bytes)
-        disk.write_compressed(cluster, bytes(guest.content[cluster : 2 * cluster]))
+        compresses(disk, kind, cluster, bytes(guest.content[cluster : 2 * cluster]))
         assert disk.read(0, size) == guest.content
-    compared(path, bytes(guest.content))
+    compared(path, bytes(guest.content), kind)
     for number, content in enumerate(held):
         with cowfence.open(path, snapshot=f"s{number}") as disk:
             assert disk.read(0, size) == content
@@ -184,11 +204,12 @@ def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind) -> None:
         for number in range(kind.bitmaps):
             covers(disk.bitmaps.ranges(f"b{number}"), before, bytes(guest.content))
     by_qemu(path, guest, 6)
-    compared(path, bytes(guest.content))
+    compared(path, bytes(guest.content), kind)
 
 
 @pytest.mark.parametrize("kind", covering(), ids=str)
-def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
+def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     path, size = tmp_path / "disk.qcow2", 8 * MIB
     guest = Guest(size, base_of(kind, tmp_path, size), 2)
     backing = {"backing": f"base.{kind.backing}", "backing_format": kind.backing} if kind.backing != "none" else {}
@@ -202,10 +223,12 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
         compression_type=kind.compression,  # type: ignore[arg-type]
         preallocation=kind.preallocation,  # type: ignore[arg-type]
         extended_l2=kind.extended,
+        data_file="disk.data" if kind.data_file != "none" else None,
+        data_file_raw=kind.data_file == "raw",
         **backing,  # type: ignore[arg-type]
     ) as disk:
         by_us(disk, guest, 12)
-        disk.write_compressed(0, bytes(guest.content[: max(65536, kind.cluster_bytes)]))
+        compresses(disk, kind, 0, bytes(guest.content[: max(65536, kind.cluster_bytes)]))
         held = []
         for number in range(kind.snapshots):
             create_snapshot(disk, f"s{number}")
@@ -214,9 +237,9 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
         for number in range(kind.bitmaps):
             disk.bitmaps.add(f"b{number}", granularity_bytes=65536)
         before = bytes(guest.content)
-    compared(path, bytes(guest.content))
+    compared(path, bytes(guest.content), kind)
     by_qemu(path, guest, 20)
-    compared(path, bytes(guest.content))
+    compared(path, bytes(guest.content), kind)
     for number, content in enumerate(held):
         out = tmp_path / "snapshot.raw"
         run(["qemu-img", "convert", "-l", f"s{number}", "-f", "qcow2", "-O", "raw", path, out])
@@ -225,7 +248,7 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind) -> None:
         for number in range(kind.bitmaps):
             covers(disk.bitmaps.ranges(f"b{number}"), before, bytes(guest.content))
         by_us(disk, guest, 6)
-    compared(path, bytes(guest.content))
+    compared(path, bytes(guest.content), kind)
 
 
 def covers(ranges: list[tuple[int, int]], before: bytes, after: bytes) -> None:

@@ -1,6 +1,6 @@
 """``cowfence amend``: change what an image is like, with the options and words of ``qemu-img amend``.
 
-What can be amended: compat, lazy_refcounts, refcount_bits, size. The backing file is rebase's.
+What can be amended: compat, data_file, data_file_raw, lazy_refcounts, refcount_bits, size. The backing file is rebase's.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Final
 from cowfence.cli.create_options import wants_help
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
-from cowfence.disk.opener import printable
+from cowfence.disk.opener import check_name, printable
 from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.amend import Amendment
 from cowfence.units import parse_size
 
 _OPTIONS: Final = {
     "compat=<str>": "v2 (0.10) or v3 (1.1)",
+    "data_file=<str>": "another name of the external data file",
+    "data_file_raw=<on/off>": "the data file can be read by itself; this can only be given up",
     "lazy_refcounts=<on/off>": "the image may postpone refcount updates",
     "refcount_bits=<num>": "width of a reference count: 1 to 64, a power of two",
     "size=<size>": "size of the disk",
@@ -72,15 +74,13 @@ def _parse(texts: Sequence[str]) -> Amendment:
     lazy: bool | None = None
     bits: int | None = None
     size_bytes: int | None = None
+    data_file: str | None = None
+    raw: bool | None = None
     for item in (item for text in texts for item in re.findall(r"(?:[^,]|,,)+", text)):
         name, equals, value = item.replace(",,", ",").partition("=")
         value = value if equals else "on"
         if name in ("backing_file", "backing_fmt"):
             raise Invalid("Cannot amend the backing file; use 'cowfence rebase' instead")
-        if name == "data_file":
-            raise Invalid("data-file can only be set for images that use an external data file")
-        if name == "data_file_raw":
-            raise Invalid("data-file-raw cannot be set on existing images")
         if name in _CREATION_ONLY:
             raise Invalid(f"Invalid parameter '{name}': this option is only supported for image creation")
         if name == "compat":
@@ -95,11 +95,19 @@ def _parse(texts: Sequence[str]) -> Amendment:
             if not (value.isascii() and value.isdigit()):
                 raise Invalid("Parameter 'refcount_bits' expects a number")
             bits = int(value)
+        elif name == "data_file":
+            data_file = value
+            if value:
+                check_name(value, "external data file")
+        elif name == "data_file_raw":
+            if value not in ("on", "off"):
+                raise Invalid("Parameter 'data_file_raw' expects 'on' or 'off'")
+            raw = value == "on"
         elif name == "size":
             size_bytes = _size(value)
         else:
             raise Invalid(f"Invalid parameter '{name}'")
-    return Amendment(version, lazy, bits, size_bytes)
+    return Amendment(version, lazy, bits, size_bytes, data_file, raw)
 
 
 def _size(text: str) -> int:

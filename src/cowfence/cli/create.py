@@ -62,5 +62,9 @@ def _line(made: Created, asked_size: object, texts: dict[str, str]) -> str:
             found["compat"] = texts["compat"]
         if options.backing is not None:
             found |= {"backing_file": printable(options.backing), "backing_fmt": options.backing_format}
+        if options.data_file is not None:
+            found |= {"data_file": printable(options.data_file)}
+            if "data_file_raw" in texts:
+                found |= {"data_file_raw": "on" if options.data_file_raw else "off"}
         found |= {"lazy_refcounts": "on" if options.lazy_refcounts else "off", "refcount_bits": options.refcount_bits}
     return f"Formatting '{printable(made.path)}', " + " ".join(f"{name}={value}" for name, value in found.items())

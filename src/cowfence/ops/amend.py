@@ -1,4 +1,4 @@
-"""Amend an image: version, lazy refcounts, width of refcounts, size. What holds on disk meanwhile: see ``qcow2.amend``."""
+"""Amend an image: version, lazy refcounts, width of refcounts, size, data file. What holds on disk meanwhile: `qcow2.amend`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Amendment:
     lazy_refcounts: bool | None = None
     refcount_bits: int | None = None
     size_bytes: int | None = None
+    data_file: str | None = None
+    """Another name of the external data file; "": none is stored, and whoever opens the image has to know it."""
+    data_file_raw: bool | None = None
+    """Whether the external data file can be read by itself; it can only be given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ def amend_disk(disk: Qcow2Disk, wanted: Amendment) -> None:
         raise Invalid("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)")
     if version == 2 and wanted.refcount_bits not in (None, 16):
         raise Invalid("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
+    if (wanted.data_file, wanted.data_file_raw) != (None, None):
+        disk.alter(lambda alteration: amend.set_data_file(alteration, wanted.data_file, raw=wanted.data_file_raw))
     if version == 3:
         disk.alter(amend.upgrade)
     lazy, bits = wanted.lazy_refcounts, wanted.refcount_bits

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -25,7 +26,7 @@ from cowfence.disk.base import Disk
 from cowfence.disk.opener import Refs, printable
 from cowfence.errors import Invalid, NoSpace, Unsupported
 from cowfence.extents import Extent
-from cowfence.ops.create import COMPRESSION_TYPES, CreateOptions, new_image, settle
+from cowfence.ops.create import COMPRESSION_TYPES, CreateOptions, data_path, new_file, new_image, settle
 from cowfence.qcow2.bulk import BulkImage
 from cowfence.qcow2.describe import JsonValue
 from cowfence.storage.base import Storage
@@ -85,7 +86,7 @@ def convert(
     """
     if options.size_bytes is not None or options.backing is not None:
         raise Invalid(f"{printable(os.fspath(target))}: a conversion takes size and backing file from its source")
-    if compress and options.format != "qcow2":
+    if compress and (options.format != "qcow2" or options.data_file is not None):
         raise Invalid("Compression not supported for this file format")
     if sparse_bytes < 0 or sparse_bytes % 512:
         raise Invalid("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512")
@@ -99,11 +100,15 @@ def convert(
     )
     try:
         settled = settle(target, replace(options, size_bytes=disk.size))
-        with NewFile(target) as new:
+        with ExitStack() as files:
+            new = files.enter_context(NewFile(target))
+            data = None if settled.data_file is None else new_file(files, data_path(target, settled.data_file))
             work = _Work(disk, sparse_bytes, progress)
-            sink = _sink(new, settled, disk.size, compress=compress, sparse_bytes=sparse_bytes)
+            sink = _sink(new, data, settled, disk.size, compress=compress, sparse_bytes=sparse_bytes)
             work.run(sink, threads or min(16, 2 * (os.cpu_count() or 1)), in_order=in_order)
             sink.finish()
+            if data is not None:
+                data.publish()
             new.publish()
         return Converted(os.fspath(source), os.fspath(target), options.format, disk.size, work.data_bytes)
     finally:
@@ -138,14 +143,19 @@ class Prepared:
         return sum(length_bytes for _, length_bytes in self.runs) + sum(len(stream) for _, stream in self.streams)
 
 
-def _sink(new: NewFile, settled: CreateOptions, size_bytes: int, *, compress: bool, sparse_bytes: int) -> _Sink:
+def _sink(
+    new: NewFile, data: NewFile | None, settled: CreateOptions, size_bytes: int, *, compress: bool, sparse_bytes: int
+) -> _Sink:
     if settled.format == "raw":
         return _RawSink(new, settled, size_bytes, sparse_bytes)
     if new.in_place:
         raise Unsupported(new.path, "a qcow2 image on a block device as the target of convert")
     if settled.preallocation != "off":
         raise Unsupported(new.path, f"preallocation={settled.preallocation} of a converted image")
-    return _QcowSink(new.storage, settled, compress=compress, sparse=bool(sparse_bytes))
+    if data is not None:
+        data.storage.truncate(size_bytes, "create.size")
+    holder = new.storage if data is None else data.storage
+    return _QcowSink(new.storage, holder, settled, compress=compress, sparse=bool(sparse_bytes))
 
 
 class _RawSink:
@@ -184,8 +194,9 @@ class _RawSink:
 class _QcowSink:
     """A qcow2 file. A cluster is a hole, or written whole, or as a stream if that is shorter."""
 
-    def __init__(self, storage: Storage, settled: CreateOptions, *, compress: bool, sparse: bool) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, data: Storage, settled: CreateOptions, *, compress: bool, sparse: bool) -> None:
+        """``data``: where the guest's data goes, if not into the image."""
+        self._storage = data
         self._image = BulkImage(storage, new_image(settled))
         self._bits = self._image.geometry.cluster_bits
         self.unit_bytes = self._image.geometry.cluster_bytes

@@ -91,8 +91,8 @@ def create(
     """
     settled = settle(path, options, open_backing=open_backing, refs=refs)
     with ExitStack() as files:
-        new = _new_file(files, path)
-        data = None if settled.data_file is None else _new_file(files, data_path(path, settled.data_file))
+        new = new_file(files, path)
+        data = None if settled.data_file is None else new_file(files, data_path(path, settled.data_file))
         write_empty(new.storage, settled, None if data is None else data.storage)
         if data is not None:
             # First, so that no image ever names a file that is not there.
@@ -102,7 +102,8 @@ def create(
     return Created(os.fspath(path), settled.size_bytes, settled)
 
 
-def _new_file(files: ExitStack, path: str | os.PathLike[str]) -> NewFile:
+def new_file(files: ExitStack, path: str | os.PathLike[str]) -> NewFile:
+    """A file in the making, until ``files`` is closed. Raises Unsupported for a block device."""
     new = files.enter_context(NewFile(path))
     if new.in_place:
         raise Unsupported(new.path, "creating an image on a block device")

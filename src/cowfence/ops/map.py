@@ -92,7 +92,8 @@ def _layers(disk: Disk | None, name: str) -> list[_Layer]:
     """The files of the chain from the top, by their names as seen from here."""
     layers: list[_Layer] = []
     while isinstance(disk, Qcow2Disk):
-        layers.append(_Layer(name, disk))
+        external = disk.header.geometry.external_data and disk.header.data_file
+        layers.append(_Layer(os.path.join(os.path.dirname(name), external) if external else name, disk))
         name = os.path.join(os.path.dirname(name), disk.header.backing_file or "")
         disk = disk.backing
     if disk is not None:
@@ -102,11 +103,11 @@ def _layers(disk: Disk | None, name: str) -> list[_Layer]:
 
 def _has_hidden_holes(disk: Qcow2Disk) -> bool:
     """Whether the file takes less than nine tenths of the bytes that are mapped into it, and two clusters less."""
-    allocated = allocated_bytes(disk.storage)
+    allocated = allocated_bytes(disk.data)
     if allocated is None:
         return False
     enough = max(allocated * 10 // 9, allocated + 2 * disk.block_bytes)
-    if disk.storage.size() < enough:
+    if disk.data.size() < enough:
         return False
     own = (extent for extent in disk.extents(0, disk.size) if extent.depth == 0 and extent.host_offset is not None)
     return sum(extent.length_bytes for extent in own) >= enough
@@ -119,7 +120,7 @@ def _with_holes(extents: Iterable[Extent], layers: list[_Layer], sparse: set[int
             yield extent
             continue
         at, shift = extent.start, extent.start - extent.host_offset
-        for piece in disk.storage.extents(extent.host_offset, extent.length_bytes):
+        for piece in disk.data.extents(extent.host_offset, extent.length_bytes):
             yield extent._replace(
                 start=piece.start + shift, length_bytes=piece.length_bytes, zero=piece.zero, host_offset=piece.start
             )

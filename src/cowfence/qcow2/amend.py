@@ -3,7 +3,8 @@
 ==================  ================================================================  =========================================
 change              transactions                                                      a crash after each
 ==================  ================================================================  =========================================
-version 3, lazy     LINK     sector 0 (see ``header_change``)                         as it was, or as it is wanted
+version 3, lazy,    LINK     sector 0 (see ``header_change``)                         as it was, or as it is wanted
+data file
 width of refcounts  1 PREPARE  a whole new refcount structure, behind the end of the  the old structure counts, and nothing
                       file: nobody refers to it, so the old one does not count it     leads to the new one
                       LINK     sector 0: table, clusters, width                       the new structure counts
@@ -26,10 +27,10 @@ from cowfence.errors import Invalid, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.census import Counts
 from cowfence.qcow2.entries import COMPRESSED, ZERO
-from cowfence.qcow2.extensions import Compatible, ExtensionType, Incompatible, default_feature_names
+from cowfence.qcow2.extensions import Autoclear, Compatible, ExtensionType, Incompatible, default_feature_names
 from cowfence.qcow2.geometry import MAX_HOST_BITS, MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, REFCOUNT_ORDER_V2, HostOffset
 from cowfence.qcow2.header import HEADER_BYTES_V2, HEADER_BYTES_V3, Header
-from cowfence.qcow2.header_change import switch_header
+from cowfence.qcow2.header_change import switch_header, with_extension
 from cowfence.qcow2.mapping import RunKind, runs
 from cowfence.qcow2.snapshot_table import read_snapshots
 from cowfence.qcow2.state import State
@@ -55,6 +56,27 @@ def set_lazy_refcounts(alteration: Alteration, on: bool) -> None:
     compatible = header.compatible & ~Compatible.LAZY_REFCOUNTS | (Compatible.LAZY_REFCOUNTS if on else 0)
     if compatible != header.compatible:
         alteration.transaction(lambda: switch_header(state, lambda now: replace(now, compatible=compatible)))
+        alteration.read_again()
+
+
+def set_data_file(alteration: Alteration, name: str | None, *, raw: bool | None) -> None:
+    """Store another ``name`` for the external data file (empty: none), which is the same file, or holds the same; and whether
+    it can be read by itself, which can only be given up. None: as it is. Raises Invalid."""
+    state = alteration.state
+    header = state.header
+    if name is not None and not state.geometry.external_data:
+        raise Invalid("data-file can only be set for images that use an external data file")
+    if raw and not state.raw_data:
+        raise Invalid("data-file-raw cannot be set on existing images")
+    stored = None if not name else name.encode("utf-8", "surrogateescape")
+
+    def change(now: Header) -> Header:
+        extensions = now.extensions if name is None else with_extension(now, ExtensionType.DATA_FILE_NAME, stored)
+        autoclear = now.autoclear & ~Autoclear.DATA_FILE_RAW if raw is False else now.autoclear
+        return replace(now, extensions=extensions, autoclear=autoclear, backing_offset=0)
+
+    if change(header) != replace(header, backing_offset=0):
+        alteration.transaction(lambda: switch_header(state, change))
         alteration.read_again()
 
 

@@ -44,12 +44,18 @@ class BulkImage:
         """References of each host cluster; the first is the header."""
         self._next = 0
         """Where the last stream ended; 0: in no cluster that has room."""
+        if wanted.data_file_raw:
+            # What can be read by itself is allocated as a whole.
+            self.place_data(0, self.geometry.clusters_for(wanted.size_bytes))
 
     def place_data(self, guest_cluster: int, count: int) -> int:
-        """Host offset for ``count`` guest clusters, one behind the other."""
+        """Host offset for ``count`` guest clusters, one behind the other: in the external data file, if there is one."""
         with self._guard:
-            first = len(self._counts)
-            self._counts.extend([1] * count)
+            if self.geometry.external_data:
+                first = guest_cluster
+            else:
+                first = len(self._counts)
+                self._counts.extend([1] * count)
             words = np.arange(first, first + count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
             self._map(guest_cluster, words | np.uint64(COPIED), ALL_SUBCLUSTERS)
         return first << self.geometry.cluster_bits

@@ -147,6 +147,11 @@ class Qcow2Disk:
         return self._state.storage
 
     @property
+    def data(self) -> Storage:
+        """The file in which the guest's data stands: ``storage``, or the external data file."""
+        return self._state.data
+
+    @property
     def backing(self) -> Disk | None:
         return self._state.backing
 
