@@ -153,7 +153,11 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         (["create", "-o", "refcount_bits=x", "x", "1M"], "x: refcount_bits=x: must be a number"),
         (["create", "-o", "encryption=on", "x", "1M"], "x: unsupported: creating images with the option encryption"),
         (["create", "-o", "encrypt.format=luks", "x", "1M"], "x: unsupported: creating images with the option encrypt.format"),
-        (["create", "-o", "data_file=d", "x", "1M"], "x: unsupported: creating images with the option data_file"),
+        (["create", "-o", "data_file_raw=on", "x", "1M"], "x: data_file_raw needs data_file"),
+        (
+            ["create", "-o", "data_file=nbd://h/x", "x", "1M"],
+            "nbd://h/x: refused: the external data file's name has a protocol",
+        ),
         (
             ["create", "-o", "extended_l2=on,cluster_size=4k", "x", "1M"],
             "x: extended L2 entries are only supported with cluster sizes of at least 16384 bytes",

@@ -77,6 +77,20 @@ def test_every_acknowledged_write_of_a_dead_server_is_there(image: Path, number:
     run(["qemu-img", "check", image])
 
 
+def test_with_a_data_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper fences both files, and both stay locked until it is done."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "disk.qcow2"
+    cowfence.create(path, 64 * MIB, data_file="disk.data").close()
+    server, uri = serve(path, "--commit-interval", "1000")
+    write_all(NbdDisk(uri))
+    said = killed(server)
+    assert "the writer died" in said
+    assert kept(path) == WRITES
+    assert not keepers_for(path)
+    run(["qemu-img", "check", path])
+
+
 def test_without_a_keeper_the_same_writes_are_lost(image: Path) -> None:
     """The canary: the test above shows the keeper's work, and not the luck of a commit."""
     server, uri = serve(image, "--commit-interval", "1000", "--no-keeper")

@@ -103,12 +103,16 @@ def _layers(disk: Disk | None, name: str) -> list[_Layer]:
 
 def _has_hidden_holes(disk: Qcow2Disk) -> bool:
     """Whether the file takes less than nine tenths of the bytes that are mapped into it, and two clusters less."""
-    allocated = allocated_bytes(disk.data)
+    allocated = allocated_bytes(disk.storage)
     if allocated is None:
         return False
-    enough = max(allocated * 10 // 9, allocated + 2 * disk.block_bytes)
-    if disk.data.size() < enough:
+    clusters = allocated // disk.block_bytes
+    enough = max(clusters * 10 // 9, clusters + 2) * disk.block_bytes
+    if disk.storage.size() < enough:
         return False
+    if disk.header.geometry.external_data:
+        # Nothing of the guest's is mapped into it: what is missing is the tables' own.
+        return True
     own = (extent for extent in disk.extents(0, disk.size) if extent.depth == 0 and extent.host_offset is not None)
     return sum(extent.length_bytes for extent in own) >= enough
 

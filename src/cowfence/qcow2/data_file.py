@@ -7,8 +7,8 @@ LINK of the image (crash contract, R6, C15).
 The data file is *raw* where the autoclear bit says so: read by itself it is the guest's disk. Then zeros are data (see
 ``zero``), so that the two views never differ.
 
-A relative name is meant relative to the image's directory, as that of a backing file is. (QEMU 7.2 takes it as relative to where
-it was started.)
+A relative name is meant relative to the image's directory, as that of a backing file is (QEMU 7.2: to where it was
+started).
 
 Where an image is only looked at, its data file may be absent: ``AbsentDataFile`` refuses every read by name.
 """
