@@ -32,7 +32,7 @@ def test_true_engine_survives_walk(seed: int, model: Model) -> None:
 def test_every_operation_on_every_option(image: ImageSpec) -> None:
     """Sequences of one operation, over images in which every two options meet. A cluster of 64 KiB is 128 sectors: there each
     operation is tried at a few places only."""
-    every = {512: 1, 4096: 2, 65536: 7}[image.cluster_bytes]
+    every = {512: 1, 4096: 2, 16384: 7, 65536: 7}[image.cluster_bytes]
     for case in itertools.islice(SUITES["one"]([image]), None, None, every):
         recording = record(case)
         for model in ("kill", "power" if image.cluster_bytes == 512 else "power4096"):
