@@ -1,8 +1,8 @@
 """LUKS version 1: the header, its eight key slots, and the way from a passphrase to the key. Pure functions over bytes.
 
 The key that enciphers the data is stored once for each passphrase, in a *slot*: blown up 4000 times so that it can be destroyed
-(``_split``, anti-forensic), and enciphered by a key that PBKDF2 derives from the passphrase. A digest in the header says which key
-is the right one. Reference: "LUKS On-Disk Format Specification" version 1.2.3.
+(``_split``, anti-forensic), and enciphered by a key that PBKDF2 derives from the passphrase. A digest in the header says which
+key is the right one. Reference: "LUKS On-Disk Format Specification" version 1.2.3.
 
 Whatever a header says is bounded before it is used: where areas stand and how long they are, and how many iterations are asked
 for (``MAX_ITERATIONS``: half a minute here).
@@ -203,7 +203,7 @@ def _merge(split: bytes, key_bytes: int, hash_name: str) -> bytes:
     block = np.zeros(key_bytes, np.uint8)
     for stripe in stripes[:-1]:
         block = _diffused(block ^ stripe, hash_name)
-    return (block ^ stripes[-1]).tobytes()
+    return bytes(block ^ stripes[-1])
 
 
 def _split(key: bytes, hash_name: str) -> bytes:
@@ -231,7 +231,7 @@ def _diffused(block: np.ndarray[tuple[int], np.dtype[np.uint8]], hash_name: str)
 
 @dataclass(frozen=True, slots=True)
 class NewLuks:
-    """What a new header shall be; the defaults are QEMU's. ``iter_time_ms``: how long one guess at a passphrase shall take here."""
+    """What a new header shall be; the defaults are QEMU's. ``iter_time_ms``: how long a guess at a passphrase takes here."""
 
     cipher: str = "aes"
     key_bits: int = 256

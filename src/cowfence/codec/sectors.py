@@ -1,8 +1,8 @@
 """Encryption of sectors of 512 bytes: AES in XTS or CBC mode, with the initialisation vectors that LUKS names.
 
-A run of sectors costs a few calls of the library, not one for each sector: XTS is one ECB call between two XORs with tweaks that
-numpy doubles for all sectors at once; CBC is deciphered by one ECB call, and enciphered by one for each of the 32 blocks of a
-sector, over all sectors at once.
+A run of sectors costs a few calls of the library, not one for each sector: XTS is one ECB call between two XORs with tweaks
+that numpy doubles for all sectors at once; CBC is deciphered by one ECB call, and enciphered by one for each of the 32 blocks
+of a sector, over all sectors at once.
 
 The library (``cryptography``, extra ``[crypto]``) is imported when the first cipher is made.
 """
@@ -44,7 +44,7 @@ class _Ecb:
             raise CowfenceError("encryption needs the package cryptography: pip install 'cowfence[crypto]'") from None
         if len(key) not in (16, 24, 32):
             raise CodecError(f"AES has no keys of {len(key)} bytes")
-        self._cipher: Any = Cipher(algorithms.AES(key), modes.ECB())  # noqa: S305 (the modes are built on it)
+        self._cipher: Any = Cipher(algorithms.AES(key), modes.ECB())
 
     def encrypt(self, words: Words) -> Words:
         return self._run(self._cipher.encryptor(), words)

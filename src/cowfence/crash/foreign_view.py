@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from cowfence.disk.base import Disk
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Corrupt, CowfenceError, Unsupported
+from cowfence.qcow2.assemble import assemble
 from cowfence.qcow2.findings import Grade
 from cowfence.qcow2.header import Header, Incompatible, read_header
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
@@ -106,7 +107,7 @@ def _backing(files: Mapping[str, bytes], header: Header, depth: int = 0) -> Disk
 
 def _digest(storage: MemoryStorage, header: Header, backing: Disk | None) -> tuple[int, str]:
     try:
-        disk = Qcow2Disk(storage, header, backing, writable=False, options=_OPTIONS)
+        disk = Qcow2Disk(assemble(storage, header, backing, _OPTIONS), _OPTIONS, writable=False)
         if disk.size > DISK_MAX_BYTES:
             return disk.size, "too large to be judged"
         return disk.size, hashlib.blake2b(disk.read(0, disk.size), digest_size=8).hexdigest()

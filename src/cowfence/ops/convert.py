@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -28,10 +28,14 @@ from cowfence.errors import Invalid, NoSpace, Unsupported
 from cowfence.extents import Extent
 from cowfence.ops.create import COMPRESSION_TYPES, CreateOptions, data_path, new_file, new_image, settle
 from cowfence.qcow2.bulk import BulkImage
+from cowfence.qcow2.create import NewImage
 from cowfence.qcow2.describe import JsonValue
-from cowfence.storage.base import Storage
+from cowfence.storage.base import Buffer, Storage
 from cowfence.storage.publish import NewFile
 from cowfence.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import DataCipher
 
 Progress = Callable[[int, int], None]
 """(bytes of the source that are done, its size)."""
@@ -88,6 +92,8 @@ def convert(
         raise Invalid(f"{printable(os.fspath(target))}: a conversion takes size and backing file from its source")
     if compress and (options.format != "qcow2" or options.data_file is not None):
         raise Invalid("Compression not supported for this file format")
+    if compress and options.encryption is not None:
+        raise Invalid("Compression and encryption not supported at the same time")
     if sparse_bytes < 0 or sparse_bytes % 512:
         raise Invalid("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512")
     disk = open_chain(
@@ -155,7 +161,14 @@ def _sink(
     if data is not None:
         data.storage.truncate(size_bytes, "create.size")
     holder = new.storage if data is None else data.storage
-    return _QcowSink(new.storage, holder, settled, compress=compress, sparse=bool(sparse_bytes))
+    wanted = new_image(settled)
+    cipher: DataCipher | None = None
+    if wanted.luks_area is not None and settled.secret is not None:
+        from cowfence.qcow2.encryption import new_cipher
+
+        cipher = new_cipher(wanted.luks_area, settled.secret, new.path)
+    compression = settled.compression_type if compress else None
+    return _QcowSink(new.storage, holder, wanted, cipher, compression, sparse=bool(sparse_bytes))
 
 
 class _RawSink:
@@ -194,13 +207,23 @@ class _RawSink:
 class _QcowSink:
     """A qcow2 file. A cluster is a hole, or written whole, or as a stream if that is shorter."""
 
-    def __init__(self, storage: Storage, data: Storage, settled: CreateOptions, *, compress: bool, sparse: bool) -> None:
-        """``data``: where the guest's data goes, if not into the image."""
+    def __init__(
+        self,
+        storage: Storage,
+        data: Storage,
+        wanted: NewImage,
+        cipher: DataCipher | None,
+        compression: str | None,
+        *,
+        sparse: bool,
+    ) -> None:
+        """``data``: where the guest's data goes, which may be another file than the image."""
         self._storage = data
-        self._image = BulkImage(storage, new_image(settled))
+        self._image = BulkImage(storage, wanted)
         self._bits = self._image.geometry.cluster_bits
         self.unit_bytes = self._image.geometry.cluster_bytes
-        self._compress = compressor(COMPRESSION_TYPES[settled.compression_type]) if compress else None
+        self._cipher = cipher
+        self._compress = compressor(COMPRESSION_TYPES[compression]) if compression is not None else None
         self._sparse = sparse
 
     def prepare(self, start: int, data: memoryview) -> Prepared:
@@ -229,7 +252,10 @@ class _QcowSink:
 
         def write() -> None:
             for host, at, length_bytes in plain:
-                self._storage.writev(host, (prepared.data[at : at + length_bytes],), "data.write")
+                piece: Buffer = prepared.data[at : at + length_bytes]
+                if self._cipher is not None:
+                    piece = self._cipher.encrypt(bytes(piece), host, prepared.start + at)
+                self._storage.writev(host, (piece,), "data.write")
             for run_at, buffers in _joined(places, [stream for _, stream in prepared.streams]):
                 self._storage.writev(run_at, buffers, "data.write")
 

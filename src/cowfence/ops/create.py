@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cowfence.chain import FORMATS, lock_reference
 from cowfence.disk.opener import Identity, Place, Refs, check_name, printable
@@ -21,6 +21,9 @@ from cowfence.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, read_he
 from cowfence.storage.file import FileStorage
 from cowfence.storage.publish import NewFile
 from cowfence.units import MIB, SECTOR_BYTES, align_up
+
+if TYPE_CHECKING:
+    from cowfence.codec.luks import NewLuks
 
 COMPRESSION_TYPES: Final = {"zlib": COMPRESSION_DEFLATE, "zstd": COMPRESSION_ZSTD}
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -48,6 +51,9 @@ class CreateOptions:
     extended_l2: bool = False
     data_file: str | None = None
     data_file_raw: bool = False
+    encryption: NewLuks | None = None
+    secret: bytes | None = None
+    """The passphrase that opens the new image, where it is encrypted."""
     preallocation: str = "off"
 
 
@@ -71,6 +77,7 @@ class Created:
             "compat": "0.10" if options.version == 2 else "1.1",
             "compression-type": options.compression_type,
             "extended-l2": options.extended_l2,
+            **({} if options.encryption is None else {"encrypt": {"format": "luks"}}),
             **({} if options.data_file is None else {"data-file": options.data_file, "data-file-raw": options.data_file_raw}),
             "lazy-refcounts": options.lazy_refcounts,
             "preallocation": options.preallocation,
@@ -140,7 +147,7 @@ def settle(
     settled = replace(options, size_bytes=align_up(size_bytes, SECTOR_BYTES))
     if options.format == "qcow2":
         try:
-            geometry_of(new_image(settled))
+            geometry_of(new_image(replace(settled, encryption=None)))
         except Invalid as error:
             raise Invalid(f"{name}: {error}") from None
     return settled
@@ -159,6 +166,11 @@ def _check_options(options: CreateOptions, name: str) -> None:
         raise Invalid(f"{name}: preallocation {options.preallocation!a} is none of {', '.join(PREALLOCATIONS)}")
     if options.compression_type not in COMPRESSION_TYPES:
         raise Invalid(f"{name}: compression type {options.compression_type!a} is none of {', '.join(COMPRESSION_TYPES)}")
+    if options.encryption is not None:
+        if options.secret is None:
+            raise Invalid(f"{name}: Parameter 'encrypt.key-secret' is required for cipher")
+        if options.version == 2:
+            raise Invalid(f"{name}: encryption with LUKS needs compatibility level 1.1 or above (use compat=1.1)")
     if options.data_file is not None:
         check_name(options.data_file, "external data file")
     if options.backing is None and options.backing_format is not None:
@@ -168,6 +180,8 @@ def _check_options(options: CreateOptions, name: str) -> None:
             raise Invalid(f"{name}: a raw image has no backing file")
         if options.data_file is not None:
             raise Invalid(f"{name}: a raw image has no external data file")
+        if options.encryption is not None:
+            raise Invalid(f"{name}: a raw image is not encrypted")
         if options.preallocation == "metadata":
             raise Invalid(f"{name}: a raw image has no metadata to preallocate")
     if options.backing is not None and options.preallocation != "off" and not options.extended_l2:
@@ -194,6 +208,17 @@ def _identity_of(path: str | os.PathLike[str]) -> tuple[Identity, ...]:
     return ((found.st_dev, found.st_ino),)
 
 
+def luks_area(options: CreateOptions) -> bytes:
+    """A LUKS header with its key material. Raises Unsupported for ciphers that are not known here."""
+    from cowfence.codec.luks import create as create_luks
+    from cowfence.qcow2.encryption import named
+
+    assert options.encryption is not None
+    assert options.secret is not None  # since settle
+    with named("a new image"):
+        return create_luks(options.encryption, options.secret)[0]
+
+
 def new_image(options: CreateOptions) -> NewImage:
     assert options.size_bytes is not None  # since settle
     return NewImage(
@@ -206,6 +231,7 @@ def new_image(options: CreateOptions) -> NewImage:
         extended_l2=options.extended_l2,
         data_file=options.data_file,
         data_file_raw=options.data_file_raw,
+        luks_area=None if options.encryption is None else luks_area(options),
         backing_name=options.backing,
         backing_format=options.backing_format,
         # What can be read by itself is allocated as a whole, so that no entry ever says something else (as QEMU has it).

@@ -8,11 +8,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from cowfence.disk.base import Disk
 from cowfence.errors import Corrupt, ReadOnly
 from cowfence.qcow2.allocator import Allocator
 from cowfence.qcow2.cache import TableCache
+from cowfence.qcow2.data_file import AbsentDataFile
 from cowfence.qcow2.extensions import Autoclear, Incompatible
 from cowfence.qcow2.header import Header, check_bounds, check_overlaps, check_supported, read_header
 from cowfence.qcow2.journal import Journal
@@ -26,6 +28,9 @@ from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
 from cowfence.storage.base import Storage, read_exact
 from cowfence.units import MIB
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import DataCipher, Secrets
 
 
 class CacheMode(Enum):
@@ -84,12 +89,18 @@ def assemble(
     options: Options,
     journal: Journal | None = None,
     data: Storage | None = None,
+    secrets: Secrets | None = None,
 ) -> State:
-    """The state of the image in ``storage``; ``data``: its external data file, if it has one.
+    """The state of the image in ``storage``; ``data``: its external data file, if it has one; ``secrets``: if it
+    is encrypted.
 
     Reads the L1 and the refcount table; raises Corrupt where the file lacks them.
     """
     geometry = header.geometry
+    if not geometry.external_data:
+        data = None
+    elif data is None:
+        data = AbsentDataFile(storage.name)
     lock = threading.Lock()
     layout = Layout(storage.name, header.cluster_bits)
     pending = Pending(journal=journal)
@@ -104,6 +115,7 @@ def assemble(
     state = State(
         storage=storage,
         data=data or storage,
+        cipher=_cipher(storage, header, secrets),
         header=header,
         geometry=geometry,
         lock=lock,
@@ -127,6 +139,14 @@ def assemble(
     )
     reclaimer.state = state
     return state
+
+
+def _cipher(storage: Storage, header: Header, secrets: Secrets | None) -> DataCipher | None:
+    if not header.crypt_method:
+        return None
+    from cowfence.qcow2.encryption import data_cipher  # It needs numpy and a library, and few images are encrypted.
+
+    return data_cipher(storage, header, secrets)
 
 
 def reassemble(state: State) -> None:
@@ -195,6 +215,8 @@ def claim_all(state: State) -> None:
         for snapshot in snapshots:
             if snapshot.l1_entries:
                 claim(snapshot.l1_offset, geometry.clusters_for(snapshot.l1_entries * 8), Kind.SNAPSHOT_L1)
+    if header.encryption is not None:
+        claim(header.encryption.offset, geometry.clusters_for(header.encryption.length_bytes), Kind.ENCRYPTION)
     bitmaps = header.bitmaps
     if bitmaps is not None and header.autoclear & Autoclear.BITMAPS:
         claim(bitmaps.directory_offset, geometry.clusters_for(bitmaps.directory_bytes), Kind.BITMAPS)

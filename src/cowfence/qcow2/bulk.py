@@ -38,10 +38,11 @@ class BulkImage:
         if self._l1_entries * 8 > MAX_L1_BYTES:
             cluster_bytes = self.geometry.cluster_bytes
             raise Invalid(f"an image of {wanted.size_bytes} bytes is too large for clusters of {cluster_bytes} bytes")
+        self._luks_clusters = self.geometry.clusters_for(len(wanted.luks_area or b""))
         self._guard = threading.Lock()
         self._l2: dict[int, NDArray[np.uint64]] = {}
-        self._counts = array("I", [1])
-        """References of each host cluster; the first is the header."""
+        self._counts = array("I", [1] * (1 + self._luks_clusters))
+        """References of each host cluster; the first is the header, a LUKS header comes next."""
         self._next = 0
         """Where the last stream ended; 0: in no cluster that has room."""
         if wanted.data_file_raw:
@@ -129,7 +130,10 @@ class BulkImage:
             part = counts[index * geometry.refcounts_per_block : (index + 1) * geometry.refcounts_per_block]
             storage.writev(offset, (counts_bytes(part, geometry.refcount_bits),), "create.refcounts")
         storage.writev(table_at << bits, (table.content(),), "create.refcounts")
-        header = header_of(self._wanted, geometry, table_clusters, self._l1_entries, HostOffset(l1_at << bits))
+        l1_offset = HostOffset(l1_at << bits)
+        header = header_of(self._wanted, geometry, table_clusters, self._l1_entries, l1_offset, luks_offset=cluster_bytes)
+        if self._wanted.luks_area is not None:
+            storage.writev(cluster_bytes, (self._wanted.luks_area,), "create.luks")
         header = replace(header, refcount_table_offset=HostOffset(table_at << bits))
         if not l1_clusters:
             header = replace(header, l1_offset=HostOffset(l1_at << bits))

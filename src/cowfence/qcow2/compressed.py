@@ -42,8 +42,10 @@ class CompressedWrites:
     def plan(self, offset: int, data: memoryview) -> Callable[[bool], int]:
         """Compress a guest cluster, and give the plan that writes it: plainly, where the stream does not pay.
 
-        Raises Unsupported where the data has a file of its own: every cluster has its one place there.
+        Raises Unsupported where the data has a file of its own, in which every cluster has its one place, or is encrypted.
         """
+        if self._state.cipher is not None:
+            raise Unsupported(self._state.storage.name, "compressed clusters in an encrypted image")
         if self._state.geometry.external_data:
             raise Unsupported(self._state.storage.name, "compressed clusters with an external data file")
         stream = self._compress(bytes(data).ljust(self._state.geometry.cluster_bytes, b"\0"))

@@ -6,10 +6,11 @@ publisher fences it before it gets its name.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from cowfence.errors import Invalid
-from cowfence.qcow2.entries import ALL_SUBCLUSTERS, COPIED
+from cowfence.qcow2.entries import BITMAP_SHIFT, COPIED, WORD_MASK, whole, zeroed
 from cowfence.qcow2.extensions import Autoclear, Compatible, Extension, ExtensionType, Incompatible, default_feature_names
 from cowfence.qcow2.geometry import (
     MAX_BACKING_NAME_BYTES,
@@ -20,7 +21,7 @@ from cowfence.qcow2.geometry import (
     Geometry,
     HostOffset,
 )
-from cowfence.qcow2.header import Header, encode
+from cowfence.qcow2.header import CRYPT_LUKS, CRYPT_NONE, Header, encode
 from cowfence.qcow2.tables import RefcountBlock, Table
 from cowfence.storage.base import Storage
 from cowfence.units import div_up
@@ -42,6 +43,8 @@ class NewImage:
     data_file: str | None = None
     """The name of the external data file, as the image stores it."""
     data_file_raw: bool = False
+    luks_area: bytes | None = None
+    """The LUKS header and its key material, as ``codec.luks`` makes them: the image is encrypted."""
     preallocate_metadata: bool = False
     """Allocate every guest cluster, with its entries; the data stays a hole of the file."""
 
@@ -63,6 +66,7 @@ def geometry_of(wanted: NewImage) -> Geometry:
             (wanted.compression_type != 0, "a compression type other than zlib"),
             (wanted.extended_l2, "a table of extended L2 entries"),
             (wanted.data_file is not None, "an external data file"),
+            (wanted.luks_area is not None, "encryption"),
         ):
             if wrong:
                 raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")
@@ -85,9 +89,13 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     l1_clusters = geometry.clusters_for(l1_entries * 8)
     guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
     l2_tables = l1_entries if wanted.preallocate_metadata else 0
-    used = 1 + l1_clusters + l2_tables + (0 if geometry.external_data else guest_clusters)
+    luks_clusters = geometry.clusters_for(len(wanted.luks_area or b""))
+    used = 1 + l1_clusters + luks_clusters + l2_tables + (0 if geometry.external_data else guest_clusters)
     table_clusters, blocks = refcount_shape(geometry, used)
-    header = header_of(wanted, geometry, table_clusters, l1_entries, HostOffset(cluster_bytes * (1 + table_clusters + blocks)))
+    l1_at = 1 + table_clusters + blocks
+    luks_at = l1_at + l1_clusters << geometry.cluster_bits
+    l1_offset = HostOffset(l1_at << geometry.cluster_bits)
+    header = header_of(wanted, geometry, table_clusters, l1_entries, l1_offset, luks_offset=luks_at)
     encoded = encode(header)
     if len(encoded) > cluster_bytes:
         raise Invalid(f"the header does not fit into a cluster of {cluster_bytes} bytes")
@@ -95,7 +103,9 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     storage.truncate(total * cluster_bytes, "create.size")
     _write_refcounts(storage, geometry, table_clusters, blocks, total)
     if l2_tables:
-        _write_mapping(storage, geometry, header, l2_tables, guest_clusters, raw_data=wanted.data_file_raw)
+        _write_mapping(storage, geometry, wanted, l1_offset, luks_at + (luks_clusters << geometry.cluster_bits), guest_clusters)
+    if wanted.luks_area is not None:
+        storage.writev(luks_at, [wanted.luks_area], "create.luks")
     storage.writev(0, [encoded], "create.header")
     return header
 
@@ -112,7 +122,15 @@ def refcount_shape(geometry: Geometry, used: int) -> tuple[int, int]:
         table_clusters, blocks = max(need_table, table_clusters), max(need_blocks, blocks)
 
 
-def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entries: int, l1_offset: HostOffset) -> Header:
+def header_of(
+    wanted: NewImage,
+    geometry: Geometry,
+    table_clusters: int,
+    l1_entries: int,
+    l1_offset: HostOffset,
+    *,
+    luks_offset: int = 0,
+) -> Header:
     """The header of a new image whose refcount table stands in the second cluster."""
     extensions: list[Extension] = []
     backing_name = wanted.backing_name.encode("utf-8", "surrogateescape") if wanted.backing_name is not None else None
@@ -128,6 +146,9 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
     if wanted.data_file is not None:
         incompatible |= Incompatible.DATA_FILE
         extensions.append(Extension(ExtensionType.DATA_FILE_NAME, wanted.data_file.encode("utf-8", "surrogateescape")))
+    if wanted.luks_area is not None:
+        pointer = struct.pack(">QQ", luks_offset, len(wanted.luks_area))
+        extensions.append(Extension(ExtensionType.ENCRYPTION, pointer))
     if wanted.version >= 3:
         names = default_feature_names()
         # The table is optional; a small cluster has no room for it beside the backing file's name.
@@ -137,6 +158,7 @@ def header_of(wanted: NewImage, geometry: Geometry, table_clusters: int, l1_entr
         version=wanted.version,
         cluster_bits=geometry.cluster_bits,
         size_bytes=wanted.size_bytes,
+        crypt_method=CRYPT_LUKS if wanted.luks_area is not None else CRYPT_NONE,
         l1_entries=l1_entries,
         l1_offset=l1_offset,
         refcount_table_offset=HostOffset(geometry.cluster_bytes),
@@ -176,25 +198,30 @@ def _write_refcounts(storage: Storage, geometry: Geometry, table_clusters: int, 
 
 
 def _write_mapping(
-    storage: Storage, geometry: Geometry, header: Header, l2_tables: int, guest_clusters: int, *, raw_data: bool
+    storage: Storage, geometry: Geometry, wanted: NewImage, l1_offset: int, start: int, guest_clusters: int
 ) -> None:
-    """L1, L2 tables and data clusters, one behind the other: L1, then every L2 table followed by the clusters it maps, unless
-    these have a file of their own."""
-    l1 = Table.empty_table(geometry.clusters_for(header.l1_entries * 8) * geometry.cluster_bytes)
-    cluster = (header.l1_offset >> geometry.cluster_bits) + geometry.clusters_for(header.l1_entries * 8)
-    left = guest_clusters
-    for index in range(l2_tables):
-        l1.entries[index] = cluster << geometry.cluster_bits | COPIED
+    """L1, L2 tables and data clusters: from ``start`` on every L2 table, each followed by the clusters it maps, unless these
+    have a file of their own."""
+    l1_entries = geometry.l1_entries_for(wanted.size_bytes)
+    l1 = Table.empty_table(geometry.clusters_for(l1_entries * 8) * geometry.cluster_bytes)
+    offset, left, words = start, guest_clusters, geometry.l2_entry_words
+    for index in range(l1_entries):
+        l1.entries[index] = offset | COPIED
         mapped = min(left, geometry.l2_entries)
         l2 = Table.empty_table(geometry.cluster_bytes)
-        words = geometry.l2_entry_words
-        first = (guest_clusters - left if geometry.external_data else cluster + 1) << geometry.cluster_bits | COPIED
+        first = guest_clusters - left << geometry.cluster_bits if geometry.external_data else offset + geometry.cluster_bytes
         for at in range(mapped):
-            l2.entries[at * words] = first + (at << geometry.cluster_bits)
-            if words == 2 and raw_data:
-                # Else no subcluster is allocated yet: the backing file shows.
-                l2.entries[at * words + 1] = ALL_SUBCLUSTERS
-        storage.writev(cluster << geometry.cluster_bits, [l2.content()], "create.l2")
-        cluster += 1 + (0 if geometry.external_data else mapped)
+            entry = first + (at << geometry.cluster_bits) | COPIED
+            if wanted.luks_area is not None:
+                # What is enciphered does not read as zeros by itself.
+                entry = zeroed(entry, geometry)
+            elif wanted.data_file_raw:
+                entry = whole(entry, geometry)
+            # Else, with subclusters, none is allocated yet: the backing file shows.
+            l2.entries[at * words] = entry & WORD_MASK
+            if words == 2:
+                l2.entries[at * words + 1] = entry >> BITMAP_SHIFT
+        storage.writev(offset, [l2.content()], "create.l2")
+        offset += geometry.cluster_bytes * (1 if geometry.external_data else 1 + mapped)
         left -= mapped
-    storage.writev(header.l1_offset, [l1.content()], "create.l1")
+    storage.writev(l1_offset, [l1.content()], "create.l1")

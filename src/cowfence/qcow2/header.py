@@ -371,9 +371,8 @@ def check_supported(header: Header, name: str) -> None:
     unknown = header.unknown_incompatible()
     if unknown:
         raise Unsupported(name, ", ".join(unknown))
-    if header.crypt_method:
-        methods = {CRYPT_AES: "encryption (AES)", CRYPT_LUKS: "encryption (LUKS)"}
-        raise Unsupported(name, methods.get(header.crypt_method, f"encryption method {header.crypt_method}"))
+    if header.crypt_method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
+        raise Unsupported(name, f"encryption method {header.crypt_method}")
     if header.compression_type not in (COMPRESSION_DEFLATE, COMPRESSION_ZSTD):
         raise Unsupported(name, f"compression type {header.compression_type}")
 

@@ -23,10 +23,9 @@ from cowfence.extents import Extent, merge
 from cowfence.qcow2.alteration import Alteration, alter
 from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all, usable_header
 from cowfence.qcow2.compressed import CompressedWrites
-from cowfence.qcow2.data_file import AbsentDataFile
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
-from cowfence.qcow2.extensions import Autoclear, Incompatible
+from cowfence.qcow2.extensions import Autoclear
 from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.header import Header, feature_bits_patch, read_header
 from cowfence.qcow2.interval import IntervalCommit
@@ -35,6 +34,7 @@ from cowfence.qcow2.plans import Plans
 from cowfence.qcow2.read import Reads, unfilled
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots
+from cowfence.qcow2.state import State
 from cowfence.qcow2.status import extents
 from cowfence.qcow2.write import Writes
 from cowfence.qcow2.zero import Zeroes
@@ -43,6 +43,7 @@ from cowfence.units import KIB
 
 if TYPE_CHECKING:
     from cowfence.qcow2.bitmaps import Bitmaps
+    from cowfence.qcow2.encryption import Secrets
 
 T = TypeVar("T")
 
@@ -56,11 +57,12 @@ def open_image(
     journal: Journal | None = None,
     snapshot: str | None = None,
     data: Storage | None = None,
+    secrets: Secrets | None = None,
 ) -> Qcow2Disk:
     """Open the image in ``storage``; the disk owns it from then on, and ``backing``, ``data`` and ``journal`` too.
 
     ``backing`` is the disk that the header names, ``data`` the external data file (None: what is there cannot be read), opened
-    by the caller (see ``cowfence.chain``). ``journal``: where a keeper
+    by the caller (see ``cowfence.chain``). ``secrets``: passphrases of an encrypted image. ``journal``: where a keeper
     finds what is pending. ``snapshot``: the disk as it was then, by id or name; not ``writable``. Raises Invalid (no such
     snapshot), NotThisFormat, Unsupported, Corrupt, ReadOnly (the corrupt bit is set) and the storage's
     errors; then all of them stay with the caller.
@@ -69,29 +71,18 @@ def open_image(
         if data is not None:
             data.fence("open.fence")
         storage.fence("open.fence")
+    options = options or Options()
     header = usable_header(storage, writable=writable, snapshot=snapshot)
-    if not header.incompatible & Incompatible.DATA_FILE:
-        data = None
-    elif data is None:
-        data = AbsentDataFile(storage.name)
-    return Qcow2Disk(storage, header, backing, writable=writable, options=options or Options(), journal=journal, data=data)
+    state = assemble(storage, header, backing, options, journal, data, secrets)
+    return Qcow2Disk(state, options, writable=writable)
 
 
 class Qcow2Disk:
     """A guest's disk in a qcow2 image. Thread-safe; belongs to the process that opened it."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        header: Header,
-        backing: Disk | None,
-        *,
-        writable: bool,
-        options: Options,
-        journal: Journal | None = None,
-        data: Storage | None = None,
-    ) -> None:
-        self._state = state = assemble(storage, header, backing, options, journal, data)
+    def __init__(self, state: State, options: Options, *, writable: bool) -> None:
+        """See ``open_image``."""
+        self._state = state
         geometry = state.geometry
         self._committer = state.committer
         self._reclaimer = state.reclaimer
@@ -105,9 +96,10 @@ class Qcow2Disk:
         self._mode = options.mode
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
         self._lock = state.lock
-        # An entry of two words, or one that leads into another file, is no plain case.
-        self._tables = state.l2.tables if geometry.l2_entry_words == 1 and not geometry.external_data else {}
-        self._read_cached = storage.read_cached
+        # An entry of two words, or one that leads into another file or to what is enciphered, is no plain case.
+        is_plain = geometry.l2_entry_words == 1 and not geometry.external_data and state.cipher is None
+        self._tables = state.l2.tables if is_plain else {}
+        self._read_cached = state.data.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""
         self._bits, self._l1_shift = geometry.cluster_bits, geometry.l1_shift
@@ -117,7 +109,7 @@ class Qcow2Disk:
         self._unready: CowfenceError | None = None
         """Why calls are refused: closed, or in a forked child. Checked by every call, and by each again once it holds the lock:
         what goes on after ``close`` has taken its turn there would be acknowledged and never committed."""
-        self._features_settled = not writable or header.version < 3 or not header.autoclear
+        self._features_settled = not writable or state.header.version < 3 or not state.header.autoclear
         self._bitmaps: Bitmaps | None = None
         self._interval: IntervalCommit | None = None
         if writable:

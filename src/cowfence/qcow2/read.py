@@ -7,7 +7,7 @@ cold is read outside the lock, under a ticket that keeps its host clusters from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cowfence.codec import decompressor
 from cowfence.errors import Corrupt, WouldBlock
@@ -16,7 +16,10 @@ from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.mapping import GuestRun, RunKind, reads_zero, runs, subcluster_runs
 from cowfence.qcow2.reader import Cold
 from cowfence.qcow2.state import State
-from cowfence.units import KIB
+from cowfence.units import KIB, SECTOR_BYTES, align_up
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import DataCipher
 
 _LONG_READ_BYTES = 64 * KIB
 
@@ -73,6 +76,9 @@ class Reads:
             part = view[offset - start : offset - start + length_bytes]
             if kind is RunKind.DATA:
                 assert host is not None
+                if state.cipher is not None:
+                    self._deciphered(state.cipher, host, offset, part, wait=wait)
+                    continue
                 got = state.data.readv(host, (part,), wait=wait)
                 if got < length_bytes:
                     self._past_end(host, got, part)
@@ -84,6 +90,15 @@ class Reads:
                 self._backing(offset, part, wait=wait)
             else:
                 part[:] = bytes(length_bytes)
+
+    def _deciphered(self, cipher: DataCipher, host: int, offset: int, part: memoryview, *, wait: bool) -> None:
+        """Guest bytes, out of the whole sectors that hold them."""
+        lead = host % SECTOR_BYTES
+        buffer = bytearray(align_up(lead + len(part), SECTOR_BYTES))
+        got = self._state.data.readv(host - lead, (buffer,), wait=wait)
+        if got < len(buffer):
+            self._past_end(host - lead, got, memoryview(buffer))
+        part[:] = cipher.decrypt(buffer, host - lead, offset - lead)[lead : lead + len(part)]
 
     def _past_end(self, host: int, got: int, part: memoryview) -> None:
         """The last cluster of a file may be short; one that begins past its end is damage."""

@@ -121,6 +121,10 @@ def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Prea
         # What can be read by itself is allocated as a whole (as QEMU has it).
         preallocation = Preallocation.METADATA
     if preallocation is not Preallocation.OFF:
+        if state.cipher is not None and geometry.version < 3:
+            raise Unsupported(
+                state.storage.name, "preallocation of an encrypted image of version 2, which has no zero clusters"
+            )
         at = cluster_end
         while at < size_bytes:
             at += alteration.transaction(lambda at=at: _allocate(state, at, size_bytes, preallocation))  # type: ignore[misc]
@@ -208,7 +212,9 @@ def _allocate(state: State, at: int, size_bytes: int, preallocation: Preallocati
         raise
     table = home()
     ahead: Callable[[int], int] = int
-    if geometry.extended_l2:
+    if state.cipher is not None:
+        ahead = partial(zeroed, geometry=geometry)
+    elif geometry.extended_l2:
         # A cluster of subclusters is kept for them, and each is allocated when it is written.
         ahead = partial(whole if state.raw_data else zeroed, geometry=geometry)
     first = at >> geometry.cluster_bits & geometry.l2_entries - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Condition, Lock
+from typing import TYPE_CHECKING
 
 from cowfence.disk.base import Disk
 from cowfence.errors import Corrupt
@@ -25,6 +26,9 @@ from cowfence.qcow2.refcounts import Refcounts
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
 from cowfence.storage.base import Storage
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import DataCipher
 
 
 class Tickets:
@@ -67,6 +71,8 @@ class State:
     storage: Storage
     data: Storage
     """Where the guest's data stands: ``storage``, or the external data file."""
+    cipher: DataCipher | None
+    """Between the guest's data and the file, where the image is encrypted."""
     header: Header
     geometry: Geometry
     lock: Lock

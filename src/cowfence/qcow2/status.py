@@ -27,11 +27,15 @@ def extents(state: State, plans: Plans, enter: Callable[[int, int], None], offse
 
         for kind, start, run_bytes, host, _ in plans.run(plan, check):
             if kind is RunKind.DATA:
-                yield Extent(start, run_bytes, zero=False, data=True, present=True, host_offset=host)
+                # What is enciphered is not to be read at its place.
+                plain_at = host if state.cipher is None else None
+                yield Extent(start, run_bytes, zero=False, data=True, present=True, host_offset=plain_at)
             elif kind is RunKind.COMPRESSED:
                 yield Extent(start, run_bytes, zero=False, data=True, present=True, compressed=True)
             elif kind is RunKind.ZERO:
-                yield Extent(start, run_bytes, zero=True, data=False, present=True, host_offset=host)
+                yield Extent(
+                    start, run_bytes, zero=True, data=False, present=True, host_offset=host if state.cipher is None else None
+                )
             else:
                 yield from _below(state, start, run_bytes, host)
         offset += piece

@@ -37,6 +37,7 @@ class Kind(Enum):
     SNAPSHOT_TABLE = "snapshot table"
     SNAPSHOT_L1 = "snapshot's L1 table"
     BITMAPS = "bitmap directory"
+    ENCRYPTION = "encryption header"
 
 
 KIND_NUMBERS: Final = {Kind.L1: 1, Kind.L2: 2, Kind.REFCOUNT_TABLE: 3, Kind.REFCOUNT_BLOCK: 4}

@@ -15,18 +15,19 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cowfence.errors import NoSpace
+from cowfence.errors import NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import ALL_SUBCLUSTERS, BITMAP_SHIFT, COPIED, decode_l2
 from cowfence.qcow2.entries import Compressed as CompressedEntry
 from cowfence.qcow2.geometry import MAX_L1_BYTES, OFFSET_MASK, SUBCLUSTERS, Geometry, HostOffset
 from cowfence.qcow2.header import l1_patch
-from cowfence.qcow2.mapping import RunKind, decode
+from cowfence.qcow2.mapping import RunKind, decode, runs
 from cowfence.qcow2.read import Reads
-from cowfence.qcow2.reader import NeedsCommit
+from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.storage.base import Buffer
+from cowfence.units import SECTOR_BYTES, align_down, align_up
 
 
 class Target(NamedTuple):
@@ -64,6 +65,8 @@ class Writes:
         l1_index = offset >> geometry.l1_shift
         length_bytes = min(len(data), ((l1_index + 1) << geometry.l1_shift) - offset)
         data = data[:length_bytes]
+        if state.cipher is not None and (offset | length_bytes) % SECTOR_BYTES:
+            return self._write_sectors(offset, data, wait=wait)
         if l1_index >= len(state.l1.entries):
             raise NeedsCommit(lambda: grow_l1(state, wait=True))
         table = state.l2_table(l1_index, wait=wait, cached=True)
@@ -76,7 +79,9 @@ class Writes:
                 if not target.reserved:
                     state.allocator.check_handed_out(cluster)
             state.committer.data_written = True
-            for host, buffers in calls:
+            for host, guest, buffers in calls:
+                if state.cipher is not None:
+                    buffers = [state.cipher.encrypt(b"".join(buffers), host, guest)]
                 state.data.writev(host, buffers, "data.write")
         except BaseException:
             state.allocator.give_back(runs)
@@ -86,6 +91,23 @@ class Writes:
         if state.record is not None:
             state.record(offset, length_bytes)
         return length_bytes
+
+    def _write_sectors(self, offset: int, data: memoryview, *, wait: bool) -> int:
+        """Write the whole sectors that ``data`` stands in, with what they hold beside it: ciphers know nothing shorter."""
+        state = self._state
+        start = align_down(offset, SECTOR_BYTES)
+        whole = bytearray(align_up(offset + len(data), SECTOR_BYTES) - start)
+        for at in {0, len(whole) - SECTOR_BYTES}:
+            sector = memoryview(whole)[at : at + SECTOR_BYTES]
+            plan = list(runs(state, start + at, SECTOR_BYTES, wait=wait))
+            try:
+                self.reads.fill(plan, start + at, sector, wait=wait)
+            except WouldBlock:
+                copy = memoryview(bytearray(SECTOR_BYTES))
+                raise Cold(lambda: self.reads.fill(plan, start + at, copy, wait=True)) from None  # noqa: B023 (it is left here)
+        whole[offset - start : offset - start + len(data)] = data
+        self.write(start, memoryview(whole), wait=wait)
+        return len(data)
 
     def _plan(
         self, table: Table | None, l1_index: int, offset: int, length_bytes: int, *, wait: bool
@@ -140,15 +162,20 @@ class Writes:
                 l2_index, kind, entry, start, end = next(fate)
                 cluster, hole = next(hosts)
                 host = cluster << geometry.cluster_bits
+                # What is enciphered does not read as zeros because nobody has written it.
+                hole = hole and state.cipher is None
                 target = Target(l2_index, host, (kind, entry), start, end, reserved=True, hole=hole)
             whole.append(target)
         return whole, runs, home
 
-    def _vectors(self, targets: list[Target], offset: int, data: memoryview, *, wait: bool) -> list[tuple[int, list[Buffer]]]:
-        """The data calls: for each run of neighbouring host bytes one vector, with the kept head and tail in it."""
+    def _vectors(
+        self, targets: list[Target], offset: int, data: memoryview, *, wait: bool
+    ) -> list[tuple[int, int, list[Buffer]]]:
+        """The data calls: for each run of neighbouring host bytes its host offset, guest offset and one vector, with the kept
+        head and tail in it."""
         geometry = self._state.geometry
         cluster_bytes = geometry.cluster_bytes
-        calls: list[tuple[int, list[Buffer]]] = []
+        calls: list[tuple[int, int, list[Buffer]]] = []
         next_host = -1
         at = 0
         for target in targets:
@@ -175,9 +202,9 @@ class Writes:
                 buffers.append(data[at : at + length_bytes])
                 end = start + length_bytes
             if start == next_host:
-                calls[-1][1].extend(buffers)
+                calls[-1][2].extend(buffers)
             else:
-                calls.append((start, buffers))
+                calls.append((start, guest + start - target.host, buffers))
             next_host = end
             at += length_bytes
         return calls
