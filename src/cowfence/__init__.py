@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import os
 
     from cowfence.chain import open_chain
+    from cowfence.codec.luks import NewLuks
     from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
     from cowfence.disk.opener import Refs
     from cowfence.disk.raw import RawDisk
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cowfence.extents import Extent
     from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
     from cowfence.qcow2.describe import ImageInfo
+    from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk
     from cowfence.qcow2.snapshot_table import Snapshot
 
@@ -141,6 +143,7 @@ def open(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secret: bytes | Secrets | None = None,
 ) -> Qcow2Disk: ...
 
 
@@ -162,6 +165,7 @@ def open(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secret: bytes | Secrets | None = None,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -182,6 +186,7 @@ def open(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secret: bytes | Secrets | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open an image and its backing files as one disk; a context manager. Read-only unless ``writable``.
 
@@ -192,9 +197,11 @@ def open(
     the host what the guest discards. ``lock``, ``force_share``: image locks as QEMU takes them; forced sharing reads beside a
     writer. ``direct``: around the page cache. ``cache_bytes``: of tables in memory. ``backing``, ``assume_backing_format``: see
     ``open_chain``. ``keeper``: a small process beside this one completes what is not committed if this one is killed, so that
-    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. ``snapshot``: the disk as
-    it was when an internal snapshot (by id, or else by name) was taken; for reading. Those about caching and commits
-    (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is raised where they are given.
+    no write that returned is lost; for qcow2 images open for writing, not in unsafe mode. ``snapshot``: the disk as it was when
+    an internal snapshot (by id, or else by name) was taken; for reading. ``secret``: the passphrase of encrypted images, or a
+    function that returns some to be tried, told the name of the file; without it they open, and their data does not. Those
+    about caching and commits (``cache_bytes`` to ``discards``) are for qcow2; of a raw image Invalid is raised where they are
+    given.
 
     Raises NotThisFormat, Unsupported, Corrupt, Refused, Locked, ReadOnly, Invalid, StorageFailed.
     """
@@ -224,7 +231,12 @@ def open(
         assume_backing_format=assume_backing_format,
         keeper=keeper,
         snapshot=snapshot,
+        secrets=_secrets(secret),
     )
+
+
+def _secrets(secret: bytes | Secrets | None) -> Secrets | None:
+    return (lambda _: [secret]) if isinstance(secret, bytes) else secret
 
 
 def create(
@@ -241,6 +253,8 @@ def create(
     extended_l2: bool = False,
     data_file: str | None = None,
     data_file_raw: bool = False,
+    encryption: NewLuks | None = None,
+    secret: bytes | None = None,
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
     refs: Refs | None = None,
 ) -> Qcow2Disk:
@@ -249,7 +263,7 @@ def create(
     ``backing``: the name to store, relative to the new image's directory, with its ``backing_format`` ("qcow2" or "raw"); then
     ``size`` may be None, for that of the backing file. ``refs``: the policy by which that is opened, as in ``open``.
     ``data_file``: the name of a file for the guest's data, which is made (or replaced), too; ``data_file_raw``: it can be read
-    by itself.
+    by itself. ``encryption``: it is encrypted with LUKS, and ``secret`` opens it.
 
     Raises Invalid (options that make no image), Refused, Locked (the file to replace is in use), NoSpace, StorageFailed; then
     what stood at the path still does.
@@ -270,7 +284,9 @@ def create(
         extended_l2=extended_l2,
         data_file=data_file,
         data_file_raw=data_file_raw,
+        encryption=encryption,
+        secret=secret,
         preallocation=preallocation,
     )
     ops.create(path, options, refs=policy)
-    return open(path, writable=True, refs=policy)
+    return open(path, writable=True, refs=policy, secret=secret)

@@ -15,9 +15,10 @@ What was opened before something failed is closed again.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, overload
 
 from cowfence.disk.base import Disk
 from cowfence.disk.opener import Identity, OpenFile, Place, Refs, printable
@@ -25,16 +26,21 @@ from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Refused, Unsupported
 from cowfence.qcow2.describe import probe
 from cowfence.qcow2.extensions import Incompatible
-from cowfence.qcow2.header import Header, check_supported, read_header
+from cowfence.qcow2.header import CRYPT_AES, Header, check_supported, read_header
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.storage.file import FileStorage
 from cowfence.storage.host import go_direct
 from cowfence.storage.locks import ImageLock
 
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import Secrets
+
 __all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
 
 Format: TypeAlias = Literal["qcow2", "raw"]
+_log = logging.getLogger(__name__)
+
 FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
 
 
@@ -54,6 +60,7 @@ def open_chain(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Qcow2Disk: ...
 
 
@@ -73,6 +80,7 @@ def open_chain(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -91,6 +99,7 @@ def open_chain(
     assume_backing_format: str | None = None,
     keeper: bool = False,
     snapshot: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open the image at ``path``, of the given format, and the backing files that it names.
 
@@ -101,7 +110,8 @@ def open_chain(
     reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
     record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
     (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode. ``snapshot``: the disk
-    as it was when this internal snapshot (by id, or else by name) was taken; for reading.
+    as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``: passphrases of encrypted
+    images, asked for by the name of the file.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -127,6 +137,7 @@ def open_chain(
             lock=lock,
             force_share=force_share,
             assume_format=assume_backing_format,
+            secrets=secrets,
         )
         return _open_qcow2(
             storage,
@@ -175,6 +186,7 @@ class _Way:
     lock: bool
     force_share: bool
     assume_format: str | None
+    secrets: Secrets | None = None
     target: _Target | None = None
 
 
@@ -206,6 +218,8 @@ def _open_qcow2(
     header = read_header(storage)
     # An image that cannot be read must not make us open anything.
     check_supported(header, storage.name)
+    if header.crypt_method == CRYPT_AES and way.secrets is not None:
+        _log.warning("%s: the AES encryption of qcow2 is weak, and kept for old images only; convert it to LUKS", storage.name)
     below: Disk | None = None
     data: FileStorage | None = None
     journal: Journal | None = None
@@ -226,6 +240,7 @@ def _open_qcow2(
             options=way.options,
             journal=journal,
             snapshot=snapshot,
+            secrets=way.secrets,
         )
     except BaseException:
         for opened in (journal, below, data):
@@ -275,6 +290,7 @@ def open_backing(
     *,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open ``reference`` as what the open image at ``path`` would stand over, and what it names in turn.
 
@@ -289,6 +305,7 @@ def open_backing(
         lock=True,
         force_share=False,
         assume_format=assume_backing_format,
+        secrets=secrets,
     )
     place = Place.of_top(storage.fileno(), path, printable(os.fspath(path)))
     return _open_backing(reference, "raw" if format_name == "raw" else "qcow2", place, way)
@@ -300,6 +317,7 @@ def open_for_commit(
     base: str | os.PathLike[str] | None = None,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
 ) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
     """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
 
@@ -324,6 +342,7 @@ def open_for_commit(
             lock=True,
             force_share=False,
             assume_format=assume_backing_format,
+            secrets=secrets,
             target=target,
         )
         disk = _open_qcow2(storage, Place.of_top(storage.fileno(), path, name), way, writable=True)

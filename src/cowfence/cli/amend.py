@@ -7,25 +7,41 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.create_options import wants_help
+from cowfence.cli.encrypt_options import iter_time
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
 from cowfence.disk.opener import check_name, printable
 from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.amend import Amendment
 from cowfence.units import parse_size
 
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import KeyChange
+
 _OPTIONS: Final = {
     "compat=<str>": "v2 (0.10) or v3 (1.1)",
     "data_file=<str>": "another name of the external data file",
     "data_file_raw=<on/off>": "the data file can be read by itself; this can only be given up",
+    "encrypt.iter-time=<num>": "milliseconds that a guess at the new passphrase takes (default: 2000)",
+    "encrypt.keyslot=<num>": "which of the 8 key slots (default: the first free one, or those that old-secret opens)",
+    "encrypt.new-secret=<str>": "id of the secret to add",
+    "encrypt.old-secret=<str>": "id of the secret to erase",
+    "encrypt.state=<str>": "active: add a key; inactive: erase keys",
     "lazy_refcounts=<on/off>": "the image may postpone refcount updates",
     "refcount_bits=<num>": "width of a reference count: 1 to 64, a power of two",
     "size=<size>": "size of the disk",
 }
+_KEYS: Final = (
+    "encrypt.state",
+    "encrypt.new-secret",
+    "encrypt.old-secret",
+    "encrypt.keyslot",
+    "encrypt.iter-time",
+)
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _CREATION_ONLY: Final = ("cluster_size", "compression_type", "encryption", "encrypt.format", "extended_l2", "preallocation")
 
@@ -36,9 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...", help="what to change; -o help"
     )
     parser.add_argument("-p", "--progress", action="store_true", help="accepted, as by qemu-img")
+    parser.add_argument("--force", action="store_true", help="erase the last key, or overwrite one in use, too")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image", nargs="?")
 
 
@@ -59,16 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise Unsupported(printable(image), "Format driver 'raw' does not support option amendment")
     done = amend(
         image,
-        _parse(arguments.options),
+        _parse(arguments),
         refs=references(arguments, image),
         assume_backing_format=arguments.assume_backing_format,
+        secrets=secrets_of(arguments),
     )
     if arguments.output == "json":
         print_json(done.to_dict())
     return 0
 
 
-def _parse(texts: Sequence[str]) -> Amendment:
+def _parse(arguments: argparse.Namespace) -> Amendment:
     """What all ``-o`` together ask for; the last of several counts. Raises Invalid, in qemu-img's words."""
     version: int | None = None
     lazy: bool | None = None
@@ -76,7 +95,8 @@ def _parse(texts: Sequence[str]) -> Amendment:
     size_bytes: int | None = None
     data_file: str | None = None
     raw: bool | None = None
-    for item in (item for text in texts for item in re.findall(r"(?:[^,]|,,)+", text)):
+    keys: dict[str, str] = {}
+    for item in (item for text in arguments.options for item in re.findall(r"(?:[^,]|,,)+", text)):
         name, equals, value = item.replace(",,", ",").partition("=")
         value = value if equals else "on"
         if name in ("backing_file", "backing_fmt"):
@@ -103,11 +123,40 @@ def _parse(texts: Sequence[str]) -> Amendment:
             if value not in ("on", "off"):
                 raise Invalid("Parameter 'data_file_raw' expects 'on' or 'off'")
             raw = value == "on"
+        elif name in _KEYS:
+            keys[name] = value
         elif name == "size":
             size_bytes = _size(value)
         else:
             raise Invalid(f"Invalid parameter '{name}'")
-    return Amendment(version, lazy, bits, size_bytes, data_file, raw)
+    change = _key_change(arguments, keys) if keys else None
+    return Amendment(version, lazy, bits, size_bytes, data_file, change, raw)
+
+
+def _key_change(arguments: argparse.Namespace, given: dict[str, str]) -> KeyChange:
+    """What the ``encrypt.`` options ask for. Raises Invalid."""
+    from cowfence.qcow2.encryption import KeyChange
+
+    state = given.get("encrypt.state")
+    if state not in ("active", "inactive"):
+        raise Invalid("Parameter 'encrypt.state' expects 'active' or 'inactive'")
+    new, old = given.get("encrypt.new-secret"), given.get("encrypt.old-secret")
+    if state == "active" and new is None:
+        raise Invalid("'new-secret' is required to activate a keyslot")
+    if state == "inactive" and new is not None:
+        raise Invalid("'new-secret' must not be given when erasing keyslots")
+    if state == "inactive" and "encrypt.iter-time" in given:
+        raise Invalid("'iter-time' must not be given when erasing keyslots")
+    slot = given.get("encrypt.keyslot")
+    if slot is not None and not (slot.isascii() and slot.isdigit()):
+        raise Invalid("Parameter 'encrypt.keyslot' expects a number")
+    return KeyChange(
+        new_secret=None if new is None else secret_named(arguments, new),
+        old_secret=None if old is None else secret_named(arguments, old),
+        keyslot=None if slot is None else int(slot),
+        iter_time_ms=iter_time(given.get("encrypt.iter-time", "2000"), printable(arguments.image)),
+        force=arguments.force,
+    )
 
 
 def _size(text: str) -> int:

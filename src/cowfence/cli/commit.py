@@ -7,6 +7,7 @@ import argparse
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.progress import shown
+from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
 
 
@@ -18,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
 
 
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             keep=arguments.keep,
             refs=references(arguments, image),
             assume_backing_format=arguments.assume_backing_format,
+            secrets=secrets_of(arguments),
             progress=progress,
         )
     if arguments.output == "json":

@@ -6,10 +6,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
 from cowfence.cli.formats import add_format_option, source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_bytes
+from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
 from cowfence.errors import Invalid
 from cowfence.units import KIB
 
@@ -39,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("source")
     parser.add_argument("target", nargs="?")
 
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     converted = convert(
         arguments.source,
         arguments.target,
-        given.create_options(arguments.target_format),
+        given.create_options(arguments.target_format, partial(secret_named, arguments)),
         format=source_format(arguments, arguments.source),
         snapshot=arguments.snapshot,
         compress=arguments.compress,
@@ -69,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         refs=references(arguments, arguments.source),
         force_share=arguments.force_share,
         assume_backing_format=arguments.assume_backing_format,
+        secrets=secrets_of(arguments),
         progress=_shown() if shows else None,
     )
     if shows:

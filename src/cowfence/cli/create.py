@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
 from cowfence.cli.main import add_output_option, print_json, size_bytes
+from cowfence.cli.secrets import add_secret_options, secret_named
 from cowfence.disk.opener import printable
 from cowfence.ops.create import Created, create
 
@@ -20,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", dest="quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
     parser.add_argument("size", nargs="?", type=size_bytes, help="such as 10G; default: that of the backing file")
 
@@ -34,7 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     given.take("size", arguments.size, "the size")
     given.take("backing_file", arguments.backing, "the backing file")
     given.take("backing_fmt", arguments.backing_format, "the backing format")
-    made = create(arguments.image, given.create_options(arguments.format), open_backing=not arguments.unseen)
+    made = create(
+        arguments.image,
+        given.create_options(arguments.format, partial(secret_named, arguments)),
+        open_backing=not arguments.unseen,
+    )
     if arguments.quiet:
         return 0
     if arguments.output == "json":
@@ -49,6 +56,7 @@ def _line(made: Created, asked_size: object, texts: dict[str, str]) -> str:
     options = made.options
     size = made.size_bytes if asked_size is None else asked_size
     found: dict[str, object] = {"fmt": options.format}
+    found |= {name: text for name, text in texts.items() if name.startswith("encrypt.")}
     if options.format == "raw":
         found["size"] = size
         if "preallocation" in texts:

@@ -1,6 +1,6 @@
 """``-o``: the options of a new image as qemu-img writes them, ``name=value,name=value``; a comma in a value is doubled.
 
-Options of the format that this version has not are known by name, and refused unless they say "off".
+The legacy encryption is known by name, and refused unless it says "off".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from cowfence.cli import encrypt_options
 from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.create import COMPRESSION_TYPES, PREALLOCATIONS, CreateOptions
@@ -51,6 +52,7 @@ _CONVERT: Final[dict[str, Callable[[str], object]]] = {
     "preallocation": _one_of(PREALLOCATIONS),
     "refcount_bits": _count,
     "size": parse_size,
+    **dict.fromkeys(encrypt_options.NAMES, str),
 }
 OPTIONS: Final = {
     "backing_file=<str>": "name of the backing file",
@@ -60,6 +62,7 @@ OPTIONS: Final = {
     "compression_type=<str>": "zlib (default), zstd",
     "data_file=<str>": "name of the external data file, which is created, too",
     "data_file_raw=<on/off>": "the data file can be read by itself (default: off)",
+    **encrypt_options.OPTIONS,
     "extended_l2=<on/off>": "clusters have 32 subclusters, each allocated by itself; clusters of 16k or more (default: off)",
     "lazy_refcounts=<on/off>": "the image may postpone refcount updates (default: off)",
     "preallocation=<str>": "off (default), metadata, falloc, full",
@@ -69,7 +72,6 @@ OPTIONS: Final = {
 """Each option with one line of help. A raw image has ``preallocation`` and ``size``."""
 
 _RAW: Final = ("preallocation", "size")
-_NOT_HERE: Final = re.compile(r"encryption|encrypt\..+")
 
 
 class GivenOptions:
@@ -82,10 +84,10 @@ class GivenOptions:
 
     def put(self, name: str, text: str) -> None:
         """Set an option; the last of several counts. Raises Invalid, Unsupported."""
-        if _NOT_HERE.fullmatch(name):
+        if name == "encryption":
             if text == "off":
                 return
-            raise Unsupported(self.image, f"creating images with the option {name}")
+            raise Unsupported(self.image, "creating images with AES encryption; it is weak: use encrypt.format=luks")
         convert = _CONVERT.get(name)
         if convert is None:
             raise Invalid(f"{self.image}: invalid parameter {name!a}; see -o help")
@@ -106,13 +108,18 @@ class GivenOptions:
     def value(self, name: str) -> object:
         return self._values.get(name)
 
-    def create_options(self, format_name: str) -> CreateOptions:
-        """The options for an image of this format. Raises Invalid for those that it does not have."""
+    def create_options(self, format_name: str, secret: Callable[[str], bytes]) -> CreateOptions:
+        """The options for an image of this format. Raises Invalid for those that it does not have. ``secret``: by its id."""
         if format_name == "raw":
             wrong = sorted(set(self._values) - set(_RAW))
             if wrong:
                 raise Invalid(f"{self.image}: a raw image has no option {wrong[0]}")
         values = {field: convert(self._values[name]) for name, (field, convert) in _FIELDS.items() if name in self._values}
+        encryption = encrypt_options.luks_of(self.texts, self.image)
+        key_secret = self.texts.get("encrypt.key-secret")
+        if encryption is not None:
+            values["encryption"] = encryption
+            values["secret"] = None if key_secret is None else secret(key_secret)
         return CreateOptions(format_name, **values)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ import argparse
 
 from cowfence.cli.formats import add_format_option, source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
 from cowfence.ops.dd import dd
 from cowfence.units import parse_size
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument(
         "operands", nargs="*", metavar="OPERAND", help="if=FILE, of=FILE, bs=SIZE (default: 512), count=BLOCKS, skip=BLOCKS"
     )
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         refs=references(arguments, source),
         force_share=arguments.force_share,
         assume_backing_format=arguments.assume_backing_format,
+        secrets=secrets_of(arguments),
     )
     if arguments.output == "json":
         print_json(copied.to_dict())

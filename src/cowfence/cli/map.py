@@ -56,7 +56,7 @@ def _print_human(entries: Iterable[MapEntry], image: str) -> None:
             continue
         if entry.offset is None:
             raise Unsupported(
-                printable(image), f"compressed clusters in the human form (at offset {entry.start}); use --output=json"
+                printable(image), f"compressed or encrypted clusters in the human form (at {entry.start}); use --output=json"
             )
         name = printable(entry.filename or "")
         print(f"{_hex(entry.start):<16}{_hex(entry.length_bytes):<16}{_hex(entry.offset):<16}{name}")

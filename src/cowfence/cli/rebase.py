@@ -10,6 +10,7 @@ import argparse
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.progress import shown
+from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
 
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
 
 
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             unsafe=arguments.unsafe,
             refs=references(arguments, image),
             assume_backing_format=arguments.assume_backing_format,
+            secrets=secrets_of(arguments),
             progress=progress,
         )
     if arguments.output == "json":

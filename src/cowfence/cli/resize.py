@@ -10,6 +10,7 @@ import re
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid, Unsupported
 from cowfence.units import parse_size
 
@@ -29,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-opts", action="store_true", help=argparse.SUPPRESS)
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
     parser.add_argument("size", help="such as 10G, or +1G or -1G to add or take away")
 
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         preallocation=arguments.preallocation,
         refs=references(arguments, image),
         assume_backing_format=arguments.assume_backing_format,
+        secrets=secrets_of(arguments),
     )
     if arguments.quiet:
         return 0

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 
 import cowfence
 from cowfence.cli.main import add_reference_options, references, size_bytes
+from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid, StorageFailed
 from cowfence.nbd.messages import DEFAULT_PORT
 from cowfence.nbd.server import Export, Server
@@ -51,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="start no helper process; if the server is killed, what clients wrote since their last flush may be lost",
     )
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
 
 
@@ -127,4 +129,5 @@ def _open(arguments: argparse.Namespace) -> cowfence.Qcow2Disk | cowfence.RawDis
         force_share=arguments.force_share,
         assume_backing_format=arguments.assume_backing_format,
         keeper=not (arguments.no_keeper or arguments.read_only or arguments.cache == "unsafe" or format_name != "qcow2"),
+        secret=secrets_of(arguments),
     )

@@ -18,12 +18,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-import numpy as np
+from cowfence.codec.base import CodecError, hash_of
+from cowfence.units import SECTOR_BYTES
 
-from cowfence.codec.base import CodecError
-from cowfence.codec.sectors import SECTOR_BYTES, SectorCipher, hash_of, sector_cipher
+if TYPE_CHECKING:
+    from cowfence.codec.sectors import SectorCipher
 
 MAGIC: Final = b"LUKS\xba\xbe"
 HEADER_BYTES: Final = 592
@@ -159,7 +160,9 @@ def encode(header: LuksHeader) -> bytes:
 
 
 def cipher_of(header: LuksHeader, key: bytes) -> SectorCipher:
-    """The cipher of the data. Raises CodecError for one that is not known here."""
+    """The cipher of the data, or with another key that of key material. Raises CodecError for one that is not known here."""
+    from cowfence.codec.sectors import sector_cipher  # It needs numpy, and to describe a header nothing is deciphered.
+
     return sector_cipher(header.cipher, header.mode, key)
 
 
@@ -177,7 +180,7 @@ def open_slot(header: LuksHeader, read: ReadArea, number: int, passphrase: bytes
     slot = header.slots[number]
     if not slot.active:
         return None
-    cipher = sector_cipher(header.cipher, header.mode, _derived(header, slot, passphrase))
+    cipher = cipher_of(header, _derived(header, slot, passphrase))
     material = read(slot.material_sector * SECTOR_BYTES, header.material_bytes)
     if len(material) != header.material_bytes:
         raise CodecError(f"the material of key slot {number} is cut off")
@@ -199,31 +202,33 @@ def _digest(header: LuksHeader, key: bytes) -> bytes:
 
 
 def _merge(split: bytes, key_bytes: int, hash_name: str) -> bytes:
-    stripes = np.frombuffer(split, np.uint8).reshape(-1, key_bytes)
-    block = np.zeros(key_bytes, np.uint8)
-    for stripe in stripes[:-1]:
-        block = _diffused(block ^ stripe, hash_name)
-    return bytes(block ^ stripes[-1])
+    block = bytes(key_bytes)
+    last = len(split) - key_bytes
+    for at in range(0, last, key_bytes):
+        block = _diffused(_xor(block, split[at : at + key_bytes]), hash_name)
+    return _xor(block, split[last:])
 
 
 def _split(key: bytes, hash_name: str) -> bytes:
-    stripes = np.frombuffer(os.urandom(len(key) * STRIPES), np.uint8).reshape(STRIPES, len(key)).copy()
-    block = np.zeros(len(key), np.uint8)
-    for stripe in stripes[:-1]:
-        block = _diffused(block ^ stripe, hash_name)
-    stripes[-1] = block ^ np.frombuffer(key, np.uint8)
-    return stripes.tobytes()
+    stripes = os.urandom(len(key) * (STRIPES - 1))
+    block = bytes(len(key))
+    for at in range(0, len(stripes), len(key)):
+        block = _diffused(_xor(block, stripes[at : at + len(key)]), hash_name)
+    return stripes + _xor(block, key)
 
 
-def _diffused(block: np.ndarray[tuple[int], np.dtype[np.uint8]], hash_name: str) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Every byte of the block depends on every other of its part."""
-    data, new = block.tobytes(), hash_of(hash_name)
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (int.from_bytes(one) ^ int.from_bytes(other)).to_bytes(len(one))
+
+
+def _diffused(block: bytes, hash_name: str) -> bytes:
+    """Every byte of a part of the block depends on every other of it."""
+    new = hash_of(hash_name)
     step = new().digest_size
-    parts = [
-        new(struct.pack(">I", number) + data[at : at + step]).digest()[: len(data) - at]
-        for number, at in enumerate(range(0, len(data), step))
-    ]
-    return np.frombuffer(b"".join(parts), np.uint8)
+    return b"".join(
+        new(struct.pack(">I", number) + block[at : at + step]).digest()[: len(block) - at]
+        for number, at in enumerate(range(0, len(block), step))
+    )
 
 
 # Making and changing
@@ -249,7 +254,6 @@ class NewLuks:
 def create(wanted: NewLuks, passphrase: bytes) -> tuple[bytes, bytes]:
     """Header and key material, slot 0 of which the passphrase opens, and the key. Raises CodecError for what cannot be."""
     key = os.urandom(wanted.key_bits // 8 * (2 if wanted.chaining == "xts" else 1))
-    sector_cipher(wanted.cipher, wanted.mode, key)
     slot_sectors = -(-len(key) * STRIPES // SECTOR_BYTES // _MATERIAL_ALIGNMENT) * _MATERIAL_ALIGNMENT
     slots = tuple(KeySlot(False, 0, bytes(_SALT_BYTES), _MATERIAL_ALIGNMENT + number * slot_sectors) for number in range(SLOTS))
     header = LuksHeader(
@@ -265,6 +269,7 @@ def create(wanted: NewLuks, passphrase: bytes) -> tuple[bytes, bytes]:
         slots,
     )
     header = replace(header, digest=_digest(header, key))
+    cipher_of(header, key)
     area = encode(header).ljust(header.payload_sector * SECTOR_BYTES, b"\0")
     return with_slot(area, 0, key, passphrase, wanted.iter_time_ms), key
 
@@ -276,7 +281,7 @@ def with_slot(area: bytes, number: int, key: bytes, passphrase: bytes, iter_time
         raise CodecError(f"key slot {number} is in use")
     iterations = max(MIN_ITERATIONS, iterations_for(header.hash_name, iter_time_ms, header.key_bytes))
     slot = replace(header.slots[number], active=True, iterations=min(iterations, MAX_ITERATIONS), salt=os.urandom(_SALT_BYTES))
-    cipher = sector_cipher(header.cipher, header.mode, _derived(header, slot, passphrase))
+    cipher = cipher_of(header, _derived(header, slot, passphrase))
     return _replaced(area, header, number, slot, cipher.encrypt(0, _split(key, header.hash_name)))
 
 

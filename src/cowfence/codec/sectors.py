@@ -9,14 +9,14 @@ The library (``cryptography``, extra ``[crypto]``) is imported when the first ci
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from cowfence.codec.base import CodecError
+from cowfence.codec.base import CodecError, hash_of
 from cowfence.errors import CowfenceError
+from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Words: TypeAlias = "NDArray[np.uint64]"
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
-SECTOR_BYTES: Final = 512
 _BLOCK_BYTES: Final = 16
 _BLOCKS: Final = SECTOR_BYTES // _BLOCK_BYTES
 _REDUCTION: Final = np.uint64(0x87)
@@ -156,16 +155,6 @@ def _numbers(first_sector: int, count: int) -> Words:
     vectors = np.zeros((count, 2), np.uint64)
     vectors[:, 0] = np.arange(count, dtype=np.uint64) + np.uint64(first_sector)
     return vectors
-
-
-def hash_of(name: str) -> Callable[..., Any]:
-    """The hash function of this name. Raises CodecError where there is none."""
-    if (
-        name not in ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5")
-        or name not in hashlib.algorithms_available
-    ):
-        raise CodecError(f"the hash function {name!a}")
-    return lambda data=b"": hashlib.new(name, data, usedforsecurity=False)
 
 
 def _blocks(data: Buffer) -> Words:

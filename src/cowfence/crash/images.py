@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from cowfence.codec import luks
 from cowfence.errors import Invalid
 from cowfence.qcow2.assemble import Options
 from cowfence.qcow2.create import NewImage, write_new
@@ -24,6 +25,8 @@ from cowfence.units import SECTOR_BYTES
 
 IMAGE: Final = "image"
 BACKING: Final = "backing"
+SECRET: Final = b"open sesame"
+"""Of encrypted images."""
 DATA: Final = "data"
 """The external data file."""
 
@@ -68,6 +71,15 @@ class ImageSpec(NamedTuple):
     """The guest's data has a file of its own."""
     rawdata: bool = False
     """It has one that can be read by itself."""
+
+    luks: bool = False
+    """Encrypted with LUKS."""
+    aes: bool = False
+    """Encrypted with the legacy method."""
+
+    @property
+    def encrypted(self) -> bool:
+        return self.luks or self.aes
 
     @property
     def external(self) -> bool:
@@ -154,6 +166,8 @@ def build(spec: ImageSpec) -> Built:
         raise Invalid("version 2 has refcounts of 16 bits")
     if spec.version == 2 and (spec.dirty or spec.bitmap or spec.extended or spec.external):
         raise Invalid("version 2 has neither dirty bit, nor bitmaps, nor subclusters, nor data files")
+    if spec.version == 2 and spec.luks:
+        raise Invalid("version 2 has no LUKS")
     if spec.external and spec.snapshots:
         raise Invalid("with a data file there are no snapshots")
     if spec.rawdata and spec.backing != "none":
@@ -178,12 +192,15 @@ def build(spec: ImageSpec) -> Built:
         extended_l2=spec.extended,
         data_file=DATA if spec.external else None,
         data_file_raw=spec.rawdata,
+        luks_area=_luks_area() if spec.luks else None,
         preallocate_metadata=spec.rawdata,
         backing_name=BACKING if backing is not None else None,
         backing_format=spec.backing if backing is not None else None,
     )
     write_new(storage, wanted)
     files = {IMAGE: storage.snapshot()}
+    if spec.aes:
+        files[IMAGE] = files[IMAGE][:32] + struct.pack(">I", 1) + files[IMAGE][36:]
     if spec.external:
         files[DATA] = bytes(size)
     if spec.aged:
@@ -222,12 +239,22 @@ def _backing(spec: ImageSpec, size: int) -> bytes | None:
     return files[IMAGE]
 
 
+def secrets(_: str) -> list[bytes]:
+    """What opens encrypted images."""
+    return [SECRET]
+
+
+@functools.cache
+def _luks_area() -> bytes:
+    return luks.create(luks.NewLuks(key_bits=128, chaining="cbc", iter_time_ms=1), SECRET)[0]
+
+
 @contextmanager
 def _opened(files: dict[str, bytes]) -> Iterator[Qcow2Disk]:
     """The image, without its backing file, as a disk; ``files`` are what they have become when it is closed."""
     storage = {file: MemoryStorage(content, name=file) for file, content in files.items()}
     options = Options(commit_interval=None)
-    disk = open_image(storage[IMAGE], backing=None, writable=True, options=options, data=storage.get(DATA))
+    disk = open_image(storage[IMAGE], backing=None, writable=True, options=options, data=storage.get(DATA), secrets=secrets)
     yield disk
     disk.close()
     files.update((file, memory.snapshot()) for file, memory in storage.items())
@@ -259,7 +286,7 @@ def _age(files: dict[str, bytes], spec: ImageSpec) -> None:
         steps += [("keep", part, 2 * part), ("write", (AGED["free"] + 1) * cluster + 3 * part, part)]
         steps += [("keep", (AGED["free"] + 1) * cluster + 5 * part, part)]
     _work(files, steps)
-    if not spec.external:
+    if not spec.external and not spec.encrypted:
         files[IMAGE] = compressed(files[IMAGE], [4 * cluster, 5 * cluster], share=spec.refcount_bits > 1)
 
 

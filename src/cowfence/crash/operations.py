@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cowfence.crash.images import secrets
 from cowfence.crash.structure import active_digest
 from cowfence.disk.base import Request, Verb
 from cowfence.disk.raw import RawDisk
@@ -21,6 +22,7 @@ from cowfence.ops.commit import commit_disk
 from cowfence.ops.rebase import rebase_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
+from cowfence.qcow2.encryption import KeyChange, read_luks
 from cowfence.qcow2.header import Compatible
 from cowfence.qcow2.image import Qcow2Disk
 from cowfence.units import SECTOR_BYTES
@@ -103,7 +105,7 @@ def _write_fua(run: Run, step: Step) -> None:
 
 @operation("write_compressed", places=True, whole=True)
 def _write_compressed(run: Run, step: Step) -> None:
-    if not run.spec.external:
+    if not run.spec.external and not run.spec.encrypted:
         data = run.new_data(step)
         with run.writing(step.offset, data):
             run.disk.write_compressed(step.offset, data)
@@ -321,9 +323,22 @@ def _amend_refcounts(run: Run, step: Step) -> None:  # noqa: ARG001
 def _amend_version(run: Run, step: Step) -> None:  # noqa: ARG001
     """Back and forth, where version 2 can hold the image."""
     header = run.disk.header
-    if header.version < 3 or not (header.snapshot_count or header.bitmaps or header.geometry.extended_l2 or run.spec.external):
+    if header.version < 3 or not (
+        header.snapshot_count or header.bitmaps or header.encryption or header.geometry.extended_l2 or run.spec.external
+    ):
         with run.altering():
             amend_disk(run.disk, Amendment(version=5 - header.version))
+
+
+@operation("amend_keys")
+def _amend_keys(run: Run, step: Step) -> None:  # noqa: ARG001
+    """A second passphrase is added, and erased."""
+    if run.spec.luks:
+        second = b"second"
+        has_two = len(read_luks(run.memory, run.disk.header).active) > 1
+        change = KeyChange(old_secret=second) if has_two else KeyChange(new_secret=second, iter_time_ms=1)
+        with run.altering():
+            amend_disk(run.disk, Amendment(keys=change), secrets)
 
 
 @operation("amend_lazy")

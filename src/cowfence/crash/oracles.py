@@ -75,7 +75,7 @@ class Facts:
     """C6 to C9: snapshots, size, backing file and features are old or new. Where the list of the snapshots is one of them and
     only what they hold is not, it is C6."""
 
-    _CLAUSES = (("snapshots", "C7"), ("size", "C8"), ("backing", "C9"), ("features", "C9"))
+    _CLAUSES = (("snapshots", "C7"), ("size", "C8"), ("backing", "C9"), ("features", "C9"), ("keys", "C9"))
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
         facts = seen.structure.facts

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cowfence.crash.images import BACKING, DATA, IMAGE, Built, ImageSpec, build, options, tagged
+from cowfence.crash.images import BACKING, DATA, IMAGE, Built, ImageSpec, build, options, secrets, tagged
 from cowfence.crash.operations import OPERATIONS, Step
 from cowfence.crash.structure import inspect
 from cowfence.disk.base import BLOCKED, Disk
@@ -32,6 +32,8 @@ from cowfence.storage.wrapper import StorageWrapper
 from cowfence.units import KIB
 
 _JOURNAL_BYTES = 32 * KIB
+_LARGE_JOURNAL_BYTES = 256 * KIB
+"""Of an image with large clusters, whose L2 tables have more entries."""
 _OUTSIDE_THE_LOCK = ("refcount.decrement", "host.discard")
 
 
@@ -65,6 +67,7 @@ class EngineSubject:
             journal=journal,
             snapshot=snapshot,
             data=files.get(DATA),
+            secrets=secrets,
         )
 
     def open_backing(self, storage: Storage) -> RawDisk | Qcow2Disk:
@@ -144,7 +147,8 @@ class Run:
         if self.below is not None:
             files[BACKING] = self.watched_below() if writable_below else self._below_as_it_is()
         self._opening = True
-        journal = Journal.new(bytearray(_JOURNAL_BYTES), observe=self._observe) if self.spec.keeper else None
+        size = _JOURNAL_BYTES if self.spec.cluster_bytes <= 4096 else _LARGE_JOURNAL_BYTES
+        journal = Journal.new(bytearray(size), observe=self._observe) if self.spec.keeper else None
         try:
             disk = self.subject.open(files, writable=True, journal=journal)
         finally:

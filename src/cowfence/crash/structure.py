@@ -21,6 +21,8 @@ _COMPRESSED: Final = 1 << 62
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _BACKING_FORMAT: Final = 0xE2792ACA
 _BITMAPS: Final = 0x23852875
+_ENCRYPTION: Final = 0x0537BE77
+_SLOT_IN_USE: Final = 0x00AC71F3
 _DIRTY: Final = 1
 _DATA_FILE: Final = 4
 _EXTENDED_L2: Final = 16
@@ -72,6 +74,8 @@ class Structure:
     """Length of each of them."""
     external: bool = False
     """They stand in an external data file."""
+    encrypted: bool = False
+    """They do not stand there as the guest reads them."""
     raw: bool = False
     """Which can be read by itself."""
     dirty: bool = False
@@ -167,6 +171,7 @@ class _Judge:
         self.step = _step(content)
         self.result.external = version >= 3 and bool(content[79] & _DATA_FILE)
         self.result.raw = self.result.external and bool(content[95] & _RAW_DATA)
+        self.result.encrypted = struct.unpack_from(">I", content, 32)[0] != 0
         self.result.cluster_bytes = 1 << bits
         self.result.data_bytes = (1 << bits) // (_SUBCLUSTERS if self.step == 16 else 1)
         self.end = -(-len(content) // (1 << bits))
@@ -210,7 +215,7 @@ class _Judge:
         facts["size"] = size
         name_at, name_length = struct.unpack_from(">QI", content, 8)
         self.touch(name_at, name_length)
-        backing_format, bitmaps = b"", None
+        backing_format, bitmaps, luks = b"", None, None
         at = struct.unpack_from(">I", content, 100)[0] if version >= 3 else 72
         while at + 8 <= min(len(content), 1 << self.bits):
             self.touch(at, 8)
@@ -222,14 +227,30 @@ class _Judge:
                 backing_format = content[at + 8 : at + 8 + length]
             elif kind == _BITMAPS and length == 24:
                 bitmaps = struct.unpack_from(">I4xQQ", content, at + 8)
+            elif kind == _ENCRYPTION and length == 16:
+                luks = struct.unpack_from(">QQ", content, at + 8)
             at += 8 + (length + 7 & ~7)
         facts["backing"] = (content[name_at : name_at + name_length] if name_at else b"", backing_format)
         incompatible, compatible, autoclear = struct.unpack_from(">QQQ", content, 72) if version >= 3 else (0, 0, 0)
         self.result.dirty = bool(incompatible & _DIRTY)
         # The dirty bit and the bitmaps' bit come and go by right.
         facts["features"] = (version, incompatible & ~_DIRTY, compatible, autoclear & ~_BITMAPS_VALID)
+        if luks is not None:
+            self._luks(*luks)
         if bitmaps is not None and autoclear & _BITMAPS_VALID:
             self._bitmaps(*bitmaps)
+
+    def _luks(self, offset: int, length: int) -> None:
+        """The LUKS header's clusters; its fields, and the material of the slots in use."""
+        self._table(offset, -(-length >> self.bits), "encryption header", 0)
+        digest = blake2b(digest_size=16)
+        slots = [struct.unpack_from(">I36xI", self.content, offset + 208 + slot * 48) for slot in range(8)]
+        key_bytes = struct.unpack_from(">I", self.content, offset + 108)[0]
+        parts = [(offset, 592), *((offset + at * 512, key_bytes * 4000) for active, at in slots if active == _SLOT_IN_USE)]
+        for start, count in parts:
+            self.touch(start, count)
+            digest.update(self.content[start : start + count])
+        self.result.facts["keys"] = digest.digest()
 
     def _bitmaps(self, count: int, length: int, offset: int) -> None:
         """The directory, and for each bitmap its table and its bits: all of them hold references."""
@@ -384,6 +405,8 @@ class _Judge:
             if active:
                 if entry & _COPIED:
                     self.copied[cluster] = (what, at)
+                if self.result.encrypted:
+                    allocated = 0
                 size = self.result.data_bytes
                 self.result.data += [
                     (guest + n * size, host + n * size) for n in range(allocated.bit_length()) if allocated >> n & 1

@@ -65,6 +65,11 @@ def all_images() -> list[ImageSpec]:
                 (16384, {"aged": True, "bitmap": True, "refcount_bits": 1, "discards": False}),
             )
         ),
+        ImageSpec(aes=True, aged=True),
+        ImageSpec(aes=True, aged=True, snapshots=1, backing="raw", cache=1),
+        ImageSpec(aes=True, version=2, aged=True, backing="qcow2"),
+        ImageSpec(luks=True, aged=True, cluster_bytes=4096, refcount_bits=64),
+        ImageSpec(luks=True, aged=True, cluster_bytes=65536, snapshots=1, backing="qcow2"),
         ImageSpec(data=True),
         ImageSpec(data=True, aged=True),
         ImageSpec(data=True, aged=True, cache=1, backing="qcow2"),

@@ -11,6 +11,7 @@ from cowfence.qcow2.describe import JsonValue
 
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
+    from cowfence.qcow2.encryption import KeyChange, Secrets
     from cowfence.qcow2.image import Qcow2Disk
 
 
@@ -24,6 +25,8 @@ class Amendment:
     size_bytes: int | None = None
     data_file: str | None = None
     """Another name of the external data file; "": none is stored, and whoever opens the image has to know it."""
+    keys: KeyChange | None = None
+    """Passphrases to add or erase."""
     data_file_raw: bool | None = None
     """Whether the external data file can be read by itself; it can only be given up."""
 
@@ -48,9 +51,9 @@ class Amended:
         }
 
 
-def amend_disk(disk: Qcow2Disk, wanted: Amendment) -> None:
+def amend_disk(disk: Qcow2Disk, wanted: Amendment, secrets: Secrets | None = None) -> None:
     """Amend an open disk; whoever uses it waits meanwhile. Each change is old or new after a crash; of several, the first ones
-    may be done.
+    may be done. ``secrets``: of which one opens the image, where a passphrase is added.
 
     Raises Invalid (what contradicts the version, or does not fit), Unsupported, ReadOnly, NoSpace, Corrupt, StorageFailed.
     """
@@ -64,6 +67,12 @@ def amend_disk(disk: Qcow2Disk, wanted: Amendment) -> None:
         raise Invalid("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)")
     if version == 2 and wanted.refcount_bits not in (None, 16):
         raise Invalid("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
+    keys = wanted.keys
+    if keys is not None:
+        from cowfence.qcow2.encryption import change_keys
+
+        given = [] if secrets is None else list(secrets(disk.storage.name))
+        disk.alter(lambda alteration: change_keys(alteration, keys, given))
     if (wanted.data_file, wanted.data_file_raw) != (None, None):
         disk.alter(lambda alteration: amend.set_data_file(alteration, wanted.data_file, raw=wanted.data_file_raw))
     if version == 3:
@@ -85,13 +94,14 @@ def amend(
     *,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Amended:
     """Amend the qcow2 image at ``path``. Raises as ``amend_disk`` and ``chain.open_chain`` do."""
     from cowfence.chain import open_chain
     from cowfence.qcow2.extensions import Compatible
 
-    with open_chain(path, writable=True, refs=refs, assume_backing_format=assume_backing_format) as disk:
-        amend_disk(disk, wanted)
+    with open_chain(path, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets) as disk:
+        amend_disk(disk, wanted, secrets)
         header = disk.header
         lazy = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
         return Amended(os.fspath(path), header.version, lazy, 1 << header.refcount_order, disk.size)

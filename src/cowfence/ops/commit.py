@@ -15,6 +15,7 @@ from cowfence.qcow2.describe import JsonValue
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
     from cowfence.disk.raw import RawDisk
+    from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
 
 
@@ -50,13 +51,14 @@ def commit(
     keep: bool = False,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
     progress: Progress | None = None,
 ) -> Committed:
     """Commit the qcow2 image at ``path`` into its backing file, or into ``base``, a file further below (and keep it then).
 
     Raises Invalid where there is none, and as ``commit_disk`` and ``chain.open_chain`` do.
     """
-    disk, below = open_for_commit(path, base=base, refs=refs, assume_backing_format=assume_backing_format)
+    disk, below = open_for_commit(path, base=base, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets)
     with disk:
         keep = keep or base is not None
         commit_disk(disk, below, keep=keep, progress=progress)

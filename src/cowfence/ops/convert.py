@@ -35,7 +35,7 @@ from cowfence.storage.publish import NewFile
 from cowfence.units import KIB, MIB
 
 if TYPE_CHECKING:
-    from cowfence.qcow2.encryption import DataCipher
+    from cowfence.qcow2.encryption import DataCipher, Secrets
 
 Progress = Callable[[int, int], None]
 """(bytes of the source that are done, its size)."""
@@ -78,6 +78,7 @@ def convert(
     refs: Refs | None = None,
     force_share: bool = False,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
     progress: Progress | None = None,
 ) -> Converted:
     """Convert the disk of ``source`` (or of one of its snapshots) into a new image at ``target``.
@@ -102,6 +103,7 @@ def convert(
         refs=refs,
         force_share=force_share,
         assume_backing_format=assume_backing_format,
+        secrets=secrets,
         snapshot=snapshot,
     )
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cowfence.chain import open_chain
 from cowfence.disk.base import Disk
@@ -20,6 +20,9 @@ from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.image import Options, open_image
 from cowfence.storage.publish import NewFile
 from cowfence.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import Secrets
 
 MAX_BLOCK_BYTES: Final = (1 << 31) - 1
 _PIECE_BYTES: Final = MIB
@@ -53,6 +56,7 @@ def dd(
     refs: Refs | None = None,
     force_share: bool = False,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Copied:
     """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``source`` into a new image at ``target``.
 
@@ -62,7 +66,9 @@ def dd(
         raise Invalid(f"a block size of {block_bytes} bytes; must be between 1 and {MAX_BLOCK_BYTES}")
     if skip < 0 or (count is not None and count < 0):
         raise Invalid("the numbers of blocks to skip and to copy must not be negative")
-    disk = open_chain(source, format=format, refs=refs, force_share=force_share, assume_backing_format=assume_backing_format)
+    disk = open_chain(
+        source, format=format, refs=refs, force_share=force_share, assume_backing_format=assume_backing_format, secrets=secrets
+    )
     try:
         start = skip * block_bytes
         if start > disk.size:

@@ -15,6 +15,7 @@ from cowfence.qcow2.rebase import rebase as rebase_image
 
 if TYPE_CHECKING:
     from cowfence.disk.base import Disk
+    from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
 
 
@@ -54,6 +55,7 @@ def rebase(
     refs: Refs | None = None,
     new_refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
     progress: Progress | None = None,
 ) -> Rebased:
     """Put the image at ``path`` over the file that it shall call ``backing`` (None: over none, it holds all of its disk then).
@@ -70,7 +72,9 @@ def rebase(
             raise Unsupported(name, f"backing file format {backing_format!a}; cowfence opens qcow2 and raw")
     else:
         backing_format = None
-    with open_chain(path, writable=True, refs=refs, assume_backing_format=assume_backing_format, backing=not unsafe) as disk:
+    with open_chain(
+        path, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets, backing=not unsafe
+    ) as disk:
         if unsafe:
             disk.alter(lambda alteration: rebase_image(alteration, backing, backing_format, None, merge=False))
         else:
@@ -78,7 +82,13 @@ def rebase(
             if backing is not None:
                 assert backing_format is not None
                 new = open_backing(
-                    disk, path, backing, backing_format, refs=new_refs, assume_backing_format=assume_backing_format
+                    disk,
+                    path,
+                    backing,
+                    backing_format,
+                    refs=new_refs,
+                    assume_backing_format=assume_backing_format,
+                    secrets=secrets,
                 )
             try:
                 rebase_disk(disk, backing, backing_format, new, progress=progress)

@@ -16,6 +16,7 @@ from cowfence.qcow2.describe import JsonValue
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
     from cowfence.disk.raw import RawDisk
+    from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -73,6 +74,7 @@ def resize(
     preallocation: str = "off",
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Resized:
     """Resize the image at ``path``. ``relative``: 1 adds ``size_bytes`` to its size, -1 takes them away, 0 sets it.
 
@@ -80,7 +82,9 @@ def resize(
     """
     from cowfence.chain import open_chain
 
-    with open_chain(path, format=format, writable=True, refs=refs, assume_backing_format=assume_backing_format) as disk:
+    with open_chain(
+        path, format=format, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets
+    ) as disk:
         old_bytes = disk.size
         wanted_bytes = old_bytes + relative * size_bytes if relative else size_bytes
         resize_disk(disk, wanted_bytes, shrink=shrink, preallocation=preallocation)

@@ -58,8 +58,8 @@ class Options:
 
 
 _PIECE_CLUSTERS = 16384
-_PIECE_WORDS, _TABLES_WORDS = 6, 64
-"""Of the journal: what is noted for one cluster (entry, count, freed), and for the tables around it."""
+_TABLES_WORDS = 64
+"""Of the journal: what is noted for the tables around a piece."""
 
 
 def usable_header(storage: Storage, *, writable: bool, snapshot: str | None = None) -> Header:
@@ -105,7 +105,9 @@ def assemble(
     layout = Layout(storage.name, header.cluster_bits)
     pending = Pending(journal=journal)
     if journal is not None:
-        journal.expect(_PIECE_WORDS * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS)
+        # For each cluster: the words of its entry, its count, what is freed; two words for each.
+        noted = 2 * (geometry.l2_entry_words + 2)
+        journal.expect(noted * min(geometry.l2_entries, _PIECE_CLUSTERS) + _TABLES_WORDS)
     reader = MetadataReader(storage)
     tables = max(1, options.cache_bytes >> header.cluster_bits)
     reclaimer = ClusterReclaimer()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from cowfence.errors import Corrupt
 from cowfence.qcow2.extensions import Autoclear, BitmapsPointer, Compatible, Incompatible
@@ -31,6 +31,9 @@ from cowfence.qcow2.snapshot_table import Snapshot, read_snapshots
 from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
 from cowfence.units import KIB, SECTOR_BYTES, align_up
+
+if TYPE_CHECKING:
+    from cowfence.codec.luks import LuksHeader
 
 _SLICE_BYTES: Final = 64 * KIB
 _BITMAP = struct.Struct(">QIIBBHI")
@@ -63,7 +66,8 @@ class BitmapInfo:
 class FormatInfo:
     """What only qcow2 has. ``corrupt``: the image is marked corrupt. ``bitmaps``: those whose data is consistent by the header.
 
-    ``unsupported``: features that this version cannot read, by name. ``encryption``: "aes", "luks", or None.
+    ``unsupported``: features that this version cannot read, by name. ``encryption``: "aes", "luks", or None; ``luks``: its
+    header, where it can be read.
     """
 
     compat: Literal["0.10", "1.1"]
@@ -77,6 +81,7 @@ class FormatInfo:
     data_file_raw: bool = False
     has_data_file: bool = False
     encryption: str | None = None
+    luks: LuksHeader | None = None
     unsupported: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, JsonValue]:
@@ -88,7 +93,7 @@ class FormatInfo:
             found["bitmaps"] = [bitmap.to_dict() for bitmap in self.bitmaps]
         found["refcount-bits"] = self.refcount_bits
         if self.encryption is not None:
-            found["encrypt"] = {"format": self.encryption}
+            found["encrypt"] = {"format": self.encryption} if self.luks is None else _luks_dict(self.luks)
         if self.data_file is not None:
             found["data-file"] = self.data_file
         if self.has_data_file:
@@ -99,6 +104,35 @@ class FormatInfo:
         if self.unsupported:
             found["unsupported"] = list(self.unsupported)
         return {"type": "qcow2", "data": found}
+
+
+def _luks_dict(luks: LuksHeader) -> dict[str, JsonValue]:
+    """As ``qemu-img info`` names and orders it."""
+    chaining, _, vectors = luks.mode.partition("-")
+    vectors, _, vectors_hash = vectors.partition(":")
+    key_bits = luks.key_bytes * (4 if chaining == "xts" else 8)
+    slots: list[JsonValue] = []
+    for slot in luks.slots:
+        place: dict[str, JsonValue] = {"active": slot.active}
+        if slot.active:
+            place["iters"] = slot.iterations
+        place["key-offset"] = slot.material_sector * SECTOR_BYTES
+        if slot.active:
+            place["stripes"] = slot.stripes
+        slots.append(place)
+    found: dict[str, JsonValue] = {"ivgen-alg": vectors}
+    found["hash-alg"] = luks.hash_name
+    found["cipher-alg"] = f"{luks.cipher}-{key_bits}"
+    found["uuid"] = luks.uuid
+    if vectors_hash:
+        found["ivgen-hash-alg"] = vectors_hash
+    return found | {
+        "format": "luks",
+        "cipher-mode": chaining,
+        "slots": slots,
+        "payload-offset": luks.payload_sector * SECTOR_BYTES,
+        "master-key-iters": luks.digest_iterations,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +170,10 @@ class ImageInfo:
         found["format"] = self.format
         if self.actual_bytes is not None:
             found["actual-size"] = self.actual_bytes
-        if self.encrypted:
-            found["encrypted"] = True
         if self.specific is not None:
             found["format-specific"] = self.specific.to_dict()
+        if self.encrypted:
+            found["encrypted"] = True
         if self.full_backing_filename is not None:
             found["full-backing-filename"] = self.full_backing_filename
         if self.backing_filename is not None:
@@ -215,6 +249,18 @@ def _seen_from_here(image: str, backing: str) -> str:
     return os.path.join(os.path.dirname(image), backing)
 
 
+def _luks(storage: Storage, header: Header) -> LuksHeader | None:
+    if header.crypt_method != CRYPT_LUKS:
+        return None
+    from cowfence.qcow2.encryption import read_luks
+
+    try:
+        return read_luks(storage, header)
+    except Corrupt:
+        # What cannot be opened can still be described.
+        return None
+
+
 def _specific(storage: Storage, header: Header) -> FormatInfo:
     compression = _COMPRESSION_NAMES.get(header.compression_type, f"unknown ({header.compression_type})")
     bitmaps: tuple[BitmapInfo, ...] = ()
@@ -235,6 +281,7 @@ def _specific(storage: Storage, header: Header) -> FormatInfo:
         data_file_raw=bool(header.autoclear & Autoclear.DATA_FILE_RAW),
         has_data_file=has_data_file,
         encryption=encryption,
+        luks=_luks(storage, header),
         unsupported=header.unknown_incompatible(),
     )
 

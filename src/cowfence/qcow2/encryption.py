@@ -19,7 +19,6 @@ free       RECLAIM  the old clusters                                            
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 Secrets: TypeAlias = Callable[[str], Sequence[bytes]]
 """(name of an image's file) -> passphrases that may open it, tried in turn. May raise what the caller's way to them raises."""
 
-_log = logging.getLogger(__name__)
 _POINTER: Final = struct.Struct(">QQ")
 
 
@@ -98,7 +96,6 @@ def data_cipher(storage: Storage, header: Header, secrets: Secrets | None) -> Da
             return _Locked(name)
         from cowfence.codec.sectors import legacy_cipher
 
-        _log.warning("%s: the AES encryption of qcow2 is weak, and kept for old images only; convert it to LUKS", name)
         return _Unlocked(legacy_cipher(given[0]), by_guest=True)
     pointer = header.encryption
     if pointer is None:
