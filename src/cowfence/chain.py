@@ -23,25 +23,28 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, overload
 from cowfence.disk.base import Disk
 from cowfence.disk.opener import Identity, OpenFile, Place, Refs, printable
 from cowfence.disk.raw import RawDisk
-from cowfence.errors import Invalid, Refused, Unsupported
+from cowfence.errors import Corrupt, Invalid, NotThisFormat, Refused, Unsupported
 from cowfence.qcow2.describe import probe
 from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.header import CRYPT_AES, Header, check_supported, read_header
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
+from cowfence.storage.base import read_exact, read_padded
 from cowfence.storage.file import FileStorage
 from cowfence.storage.host import go_direct
 from cowfence.storage.locks import ImageLock
+from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from cowfence.qcow2.encryption import Secrets
 
 __all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
 
-Format: TypeAlias = Literal["qcow2", "raw"]
+Format: TypeAlias = Literal["qcow2", "raw", "luks"]
 _log = logging.getLogger(__name__)
 
-FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
+FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw", "luks")
+"""What is opened. (LUKS: a raw disk that is encrypted as a whole.)"""
 
 
 @overload
@@ -129,8 +132,8 @@ def open_chain(
         path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
     )
     try:
-        if format == "raw":
-            return RawDisk(storage)
+        if format != "qcow2":
+            return _open_plain(storage, format, secrets)
         way = _Way(
             refs=Refs.beside(path) if refs is None else refs,
             options=options,
@@ -157,7 +160,7 @@ def open_chain(
 def check_format(name: str, image: str) -> None:
     """Raises Unsupported for a format other than qcow2 and raw; ``image`` is for the message."""
     if name not in FORMATS:
-        raise Unsupported(image, f"image format {name!a}; cowfence opens qcow2 and raw")
+        raise Unsupported(image, f"image format {name!a}; cowfence opens qcow2, raw and luks")
 
 
 def backing_format_of(header: Header, image: str, assume_format: str | None) -> Format:
@@ -173,8 +176,8 @@ def backing_format_of(header: Header, image: str, assume_format: str | None) -> 
             "add --assume-backing-format qcow2 or raw",
         )
     if recorded not in FORMATS:
-        raise Unsupported(image, f"backing file format {recorded!a}; cowfence opens qcow2 and raw")
-    return "raw" if recorded == "raw" else "qcow2"
+        raise Unsupported(image, f"backing file format {recorded!a}; cowfence opens qcow2, raw and luks")
+    return next(known for known in FORMATS if known == recorded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,36 @@ def _open_qcow2(
         raise
 
 
+def _open_plain(storage: FileStorage, format_name: str, secrets: Secrets | None) -> RawDisk:
+    """A disk without tables, which may be encrypted as a whole. Raises Corrupt, Unsupported, Invalid (its secret)."""
+    if format_name == "raw":
+        return RawDisk(storage)
+    from cowfence.codec.base import CodecError
+    from cowfence.codec.luks import HEADER_BYTES, cipher_of, parse
+    from cowfence.qcow2.encryption import named, unlocked
+    from cowfence.storage.encrypted import EncryptedStorage
+
+    header, name = bytearray(HEADER_BYTES), storage.name
+    read_padded(storage, 0, header)
+    try:
+        luks = parse(bytes(header))
+    except CodecError as bad:
+        if header[:4] != b"LUKS":
+            raise NotThisFormat(name, "not a LUKS file (at offset 0: no magic string)") from None
+        raise Corrupt(f"{name}: LUKS header", str(bad)) from None
+    if luks.payload_sector * SECTOR_BYTES < luks.area_bytes:
+        raise Corrupt(f"{name}: LUKS header", "the data begins inside the key material")
+    if secrets is None:
+        raise Invalid(f"{name}: the image is encrypted, and its secret was not given")
+
+    def read(offset: int, length_bytes: int) -> bytes:
+        return bytes(read_exact(storage, offset, length_bytes, "key material"))
+
+    with named(name):
+        _, key = unlocked(luks, read, secrets(name), name)
+        return RawDisk(EncryptedStorage(storage, cipher_of(luks, key), luks.payload_sector * SECTOR_BYTES))
+
+
 def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool, direct: bool) -> FileStorage:
     """The external data file of the image at ``place``. Raises Refused where the image does not name it, or names what the
     policy does not allow."""
@@ -273,7 +306,10 @@ def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) 
         opened = way.refs.follow(reference, place, writable=True)
     storage = lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
     try:
-        disk = RawDisk(storage) if format_name == "raw" else _open_qcow2(storage, opened.place, way, writable=writable)
+        if format_name == "qcow2":
+            disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable)
+        else:
+            disk = _open_plain(storage, format_name, way.secrets)
     except BaseException:
         storage.close()
         raise
@@ -308,7 +344,7 @@ def open_backing(
         secrets=secrets,
     )
     place = Place.of_top(storage.fileno(), path, printable(os.fspath(path)))
-    return _open_backing(reference, "raw" if format_name == "raw" else "qcow2", place, way)
+    return _open_backing(reference, next(known for known in FORMATS if known == format_name), place, way)
 
 
 def open_for_commit(

@@ -47,7 +47,7 @@ _CREATION_ONLY: Final = ("cluster_size", "compression_type", "encryption", "encr
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw", "luks"), help="format of the image (default: look at it)")
     parser.add_argument(
         "-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...", help="what to change; -o help"
     )
@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cowfence.ops.amend import amend
+    from cowfence.ops.amend import amend, amend_luks
 
     if wants_help(arguments.options):
         print("Amend options for 'qcow2':")
@@ -73,6 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("Expecting one image file name")
     if not arguments.options:
         raise Invalid("Must specify options (-o)")
+    if arguments.format == "luks":
+        amend_luks(image, _parse(arguments), secrets=secrets_of(arguments))
+        return 0
     if source_format(arguments, image) != "qcow2":
         raise Unsupported(printable(image), "Format driver 'raw' does not support option amendment")
     done = amend(

@@ -15,7 +15,7 @@ from cowfence.ops.create import Created, create
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), default="qcow2", help="format (default: qcow2)")
     parser.add_argument("-b", dest="backing", metavar="FILE", help="backing file, relative to the new image; needs -F")
-    parser.add_argument("-F", dest="backing_format", choices=("qcow2", "raw"), help="format of the backing file")
+    parser.add_argument("-F", dest="backing_format", choices=("qcow2", "raw", "luks"), help="format of the backing file")
     parser.add_argument("-u", dest="unseen", action="store_true", help="do not open the backing file")
     parser.add_argument(
         "-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the format; -o help"

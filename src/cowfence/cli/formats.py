@@ -15,7 +15,10 @@ from cowfence.storage.file import FileStorage
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: qcow2 if it looks so, else none)"
+        "-f",
+        dest="format",
+        choices=("qcow2", "raw", "luks"),
+        help="format of the image (default: qcow2 if it looks so, else none)",
     )
 
 

@@ -139,7 +139,7 @@ def add_reference_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--untrusted", action="store_true", help="open no file that an image names")
     parser.add_argument(
         "--assume-backing-format",
-        choices=("qcow2", "raw"),
+        choices=("qcow2", "raw", "luks"),
         help="format of backing files for images that record none (default: such images are refused)",
     )
 

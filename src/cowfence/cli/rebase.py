@@ -18,7 +18,7 @@ from cowfence.errors import Invalid, Unsupported
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
     parser.add_argument("-b", dest="backing", metavar="FILE", help="the new backing file, as the image shall name it")
-    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", help="its format: qcow2 or raw")
+    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", help="its format: qcow2, raw or luks")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="change the name only: the disk may be another one then")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

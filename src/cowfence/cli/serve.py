@@ -26,7 +26,7 @@ _DEFAULT_INTERVAL_SECONDS = 5.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--format", choices=("qcow2", "raw"), default="qcow2", help="format (default: qcow2)")
+    parser.add_argument("-f", "--format", choices=("qcow2", "raw", "luks"), default="qcow2", help="format (default: qcow2)")
     parser.add_argument("-k", "--socket", metavar="PATH", help="listen at this Unix socket instead of TCP")
     parser.add_argument("-b", "--bind", metavar="HOST", help=f"address to listen at (default: {_LOOPBACK})")
     parser.add_argument("-p", "--port", type=_port, help=f"TCP port, 0 for any (default: {DEFAULT_PORT})")

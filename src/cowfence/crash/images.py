@@ -108,6 +108,8 @@ _FLAGS: Final = (
     "extended",
     "data",
     "rawdata",
+    "luks",
+    "aes",
 )
 _NUMBERS: Final = {"v": "version", "c": "cluster_bytes", "r": "refcount_bits", "t": "cache", "s": "snapshots"}
 

@@ -255,7 +255,9 @@ def _grow(run: Run, step: Step) -> None:  # noqa: ARG001
 
 @operation("grow_allocated")
 def _grow_allocated(run: Run, step: Step) -> None:  # noqa: ARG001
-    """By a few clusters that are allocated ahead."""
+    """By a few clusters that are allocated ahead. Encrypted, version 2 cannot."""
+    if run.spec.encrypted and run.disk.header.version < 3:
+        return
     if run.disk.size < run.built.size_bytes + 9 * run.spec.cluster_bytes:
         _resize(run, run.disk.size + 3 * run.spec.cluster_bytes, preallocation="metadata")
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cowfence.errors import Invalid
+from cowfence.errors import Invalid, Unsupported
 from cowfence.qcow2.describe import JsonValue
 
 if TYPE_CHECKING:
@@ -105,3 +105,18 @@ def amend(
         header = disk.header
         lazy = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
         return Amended(os.fspath(path), header.version, lazy, 1 << header.refcount_order, disk.size)
+
+
+def amend_luks(path: str | os.PathLike[str], wanted: Amendment, *, secrets: Secrets | None = None) -> None:
+    """Change the keys of the LUKS file at ``path``; nothing else of it can be amended. Raises Invalid, Unsupported, Corrupt,
+    Locked, StorageFailed."""
+    from cowfence.ops.luks_keys import change_keys
+    from cowfence.storage.file import FileStorage
+
+    if wanted.keys is None or wanted != Amendment(keys=wanted.keys):
+        raise Unsupported(os.fspath(path), "amending anything but the keys of a LUKS file")
+    storage = FileStorage.open(path, writable=True)
+    try:
+        change_keys(storage, wanted.keys, [] if secrets is None else list(secrets(storage.name)))
+    finally:
+        storage.close()

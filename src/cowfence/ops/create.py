@@ -136,7 +136,7 @@ def settle(
         if options.backing_format is None:
             raise Invalid(f"{name}: backing file specified without backing format; give it with -F")
         if options.backing_format not in FORMATS:
-            raise Unsupported(name, f"backing file format {options.backing_format!a}; cowfence opens qcow2 and raw")
+            raise Unsupported(name, f"backing file format {options.backing_format!a}; cowfence opens qcow2, raw and luks")
         if open_backing:
             found_bytes = _backing_size(path, options.backing, options.backing_format, refs or Refs.trust_all())
             size_bytes = found_bytes if size_bytes is None else size_bytes
@@ -160,7 +160,7 @@ def _same_file(path: str | os.PathLike[str], other: str) -> bool:
 
 
 def _check_options(options: CreateOptions, name: str) -> None:
-    if options.format not in FORMATS:
+    if options.format not in ("qcow2", "raw"):
         raise Unsupported(name, f"creating images of format {options.format!a}; cowfence creates qcow2 and raw")
     if options.preallocation not in PREALLOCATIONS:
         raise Invalid(f"{name}: preallocation {options.preallocation!a} is none of {', '.join(PREALLOCATIONS)}")
@@ -194,6 +194,8 @@ def _backing_size(path: str | os.PathLike[str], backing: str, backing_format: st
     opened = refs.follow(backing, Place(printable(os.fspath(path)), directory, _identity_of(path)))
     storage = lock_reference(opened, lock=True, force_share=False)
     try:
+        if backing_format == "luks":
+            raise Unsupported(storage.name, "finding the size of an encrypted backing file; give the size, and -u")
         return storage.size() if backing_format == "raw" else read_header(storage).size_bytes
     finally:
         storage.close()

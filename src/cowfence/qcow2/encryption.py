@@ -215,11 +215,12 @@ def change_keys(alteration: Alteration, change: KeyChange, secrets: Sequence[byt
     buffer = bytearray(pointer.length_bytes)
     read_padded(storage, pointer.offset, buffer)
     with named(name):
-        area = _changed(luks, bytes(buffer), change, secrets, name)
+        area = changed_keys(luks, bytes(buffer), change, secrets, name)
     _replace(alteration, pointer, area)
 
 
-def _changed(luks: LuksHeader, area: bytes, change: KeyChange, secrets: Sequence[bytes], name: str) -> bytes:
+def changed_keys(luks: LuksHeader, area: bytes, change: KeyChange, secrets: Sequence[bytes], name: str) -> bytes:
+    """Header and key material as they shall be. Raises as ``change_keys`` does, and CodecError."""
     from cowfence.codec.luks import SLOTS, open_slot, with_slot, without_slot
 
     def read(offset: int, length_bytes: int) -> bytes:
