@@ -12,6 +12,7 @@ judges=(
   nbdkit:nbdkit
   fio:fio
   mkfs.ext4:e2fsprogs
+  cryptsetup:cryptsetup-bin
   chromium:chromium chromedriver:chromium-driver
 )
 

@@ -22,6 +22,7 @@ DEBIAN_PACKAGES = {
     "fio": "fio",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "cryptsetup": "cryptsetup-bin",
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
 }
@@ -42,7 +43,7 @@ def require(name: str) -> str:
 
 # QEMU times its key derivation by the CPU clock of its thread, and gives up when that did not move between two readings.
 _NOT_ITS_FAULT = "Unable to get accurate CPU usage"
-_TRIES = 10
+_TRIES = 60
 
 
 def run(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import cowfence
+from cowfence.codec.luks import NewLuks
 from cowfence.errors import Unsupported
 from cowfence.ops.snapshot import create_snapshot
 from cowfence.qcow2.image import Qcow2Disk
@@ -22,6 +23,7 @@ from helpers_cli import cowfence as command
 from judges import run
 
 MIB = 1 << 20
+SECRET = b"open sesame"
 
 
 class Kind(NamedTuple):
@@ -38,12 +40,14 @@ class Kind(NamedTuple):
     preallocation: str
     extended: bool
     data_file: str
+    encryption: str
 
     def __str__(self) -> str:
         words = [f"v{self.version}", f"c{self.cluster_bytes}", f"r{self.refcount_bits}", self.compression, self.backing]
         words += [f"s{self.snapshots}", f"b{self.bitmaps}", self.preallocation, *(["lazy"] if self.lazy else [])]
         words += ["extended"] if self.extended else []
         words += [f"data-{self.data_file}"] if self.data_file != "none" else []
+        words += [self.encryption] if self.encryption != "none" else []
         return "-".join(words)
 
 
@@ -59,6 +63,7 @@ OPTIONS = {
     "preallocation": ("off", "metadata"),
     "extended": (False, True),
     "data_file": ("none", "plain", "raw"),
+    "encryption": ("none", "luks", "aes"),
 }
 
 
@@ -70,6 +75,9 @@ def can_be(kind: Kind) -> bool:
         or (kind.snapshots and kind.refcount_bits <= 2)
         or (kind.data_file != "none" and (old or kind.snapshots))
         or (kind.data_file == "raw" and kind.backing != "none")
+        # What QEMU allocates ahead in an encrypted image reads as anything.
+        or (kind.encryption != "none" and (kind.preallocation != "off" or kind.data_file == "raw"))
+        or (kind.encryption == "luks" and old)
         or (kind.extended and (old or kind.cluster_bytes < 16384))
         or (kind.backing != "none" and kind.preallocation != "off" and not kind.extended)
     )
@@ -96,7 +104,8 @@ def covering() -> list[Kind]:
 class Guest:
     """What the guest wrote, and what it must read."""
 
-    def __init__(self, size: int, below: bytes, seed: int) -> None:
+    def __init__(self, kind: Kind, size: int, below: bytes, seed: int) -> None:
+        self.kind = kind
         self.content = bytearray(below[:size].ljust(size, b"\0"))
         self._rng = random.Random(seed)
 
@@ -122,7 +131,20 @@ def by_qemu(path: Path, guest: Guest, count: int) -> None:
     commands: list[str] = []
     for at, length, value in guest.writes(count):
         commands += ["-c", f"write -P {value} {at} {length}" if value else f"write -z {at} {length}"]
-    run(["qemu-io", *commands, path])
+    run(["qemu-io", *commands, *seen_by_qemu(path, guest.kind)])
+
+
+def seen_by_qemu(path: Path, kind: Kind) -> list[str]:
+    """How QEMU's tools are told of the image."""
+    if kind.encryption == "none":
+        return [str(path)]
+    return [*secret_of(path), "--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"]
+
+
+def secret_of(path: Path) -> list[str]:
+    secret = path.with_suffix(".secret")
+    secret.write_bytes(SECRET)
+    return ["--object", f"secret,id=s,file={secret}"]
 
 
 def compared(path: Path, expected: bytes, kind: Kind) -> None:
@@ -130,9 +152,13 @@ def compared(path: Path, expected: bytes, kind: Kind) -> None:
         assert path.with_suffix(".data").read_bytes() == expected
     raw = path.with_suffix(".expected")
     raw.write_bytes(expected)
-    run(["qemu-img", "check", path])
-    run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw])
-    with cowfence.open(path) as disk:
+    seen = seen_by_qemu(path, kind)
+    run(["qemu-img", "check", *seen])
+    if kind.encryption == "none":
+        run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw])
+    else:
+        run(["qemu-img", "compare", *seen, f"driver=raw,file.filename={raw}"])
+    with cowfence.open(path, secret=SECRET) as disk:
         assert disk.read(0, disk.size) == expected
     for words in (
         ["info"],
@@ -162,15 +188,19 @@ def options(kind: Kind) -> str:
         found += [f"compression_type={kind.compression}", f"extended_l2={'on' if kind.extended else 'off'}"]
     if kind.data_file != "none":
         found += ["data_file=disk.data", f"data_file_raw={'on' if kind.data_file == 'raw' else 'off'}"]
+    if kind.encryption != "none":
+        found += [f"encrypt.format={kind.encryption},encrypt.key-secret=s"]
+    if kind.encryption == "luks":
+        found += ["encrypt.iter-time=10"]
     return ",".join([*found, f"preallocation={kind.preallocation}"])
 
 
 def compresses(disk: Qcow2Disk, kind: Kind, at: int, data: bytes) -> None:
     """What is there already, written compressed, where there can be compressed clusters."""
-    if kind.data_file == "none":
+    if kind.data_file == "none" and kind.encryption == "none":
         disk.write_compressed(at, data)
     else:
-        with pytest.raises(Unsupported, match="external data file"):
+        with pytest.raises(Unsupported, match="compressed clusters"):
             disk.write_compressed(at, data)
 
 
@@ -178,19 +208,20 @@ def compresses(disk: Qcow2Disk, kind: Kind, at: int, data: bytes) -> None:
 def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # QEMU looks for a data file where it stands, we beside the image.
     path, size = tmp_path / "disk.qcow2", 8 * MIB
-    guest = Guest(size, base_of(kind, tmp_path, size), 1)
+    guest = Guest(kind, size, base_of(kind, tmp_path, size), 1)
     backing = ["-b", f"base.{kind.backing}", "-F", kind.backing] if kind.backing != "none" else []
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options(kind), *backing, path, str(size)])
+    secret = secret_of(path) if kind.encryption != "none" else []
+    run(["qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options(kind), *backing, path, str(size)])
     by_qemu(path, guest, 12)
     held = []
     for number in range(kind.snapshots):
-        run(["qemu-img", "snapshot", "-c", f"s{number}", path])
+        run(["qemu-img", "snapshot", "-c", f"s{number}", *seen_by_qemu(path, kind)])
         held.append(bytes(guest.content))
         by_qemu(path, guest, 4)
     for number in range(kind.bitmaps):
-        run(["qemu-img", "bitmap", "--add", "-g", "64k", path, f"b{number}"])
+        run(["qemu-img", "bitmap", "--add", "-g", "64k", *seen_by_qemu(path, kind), f"b{number}"])
     before = bytes(guest.content)
-    with cowfence.open(path, writable=True) as disk:
+    with cowfence.open(path, writable=True, secret=SECRET) as disk:
         assert disk.read(0, size) == before
         by_us(disk, guest, 20)
         cluster = max(65536, kind.cluster_bytes)
@@ -198,7 +229,7 @@ def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind, monkeypatch: pytest.
         assert disk.read(0, size) == guest.content
     compared(path, bytes(guest.content), kind)
     for number, content in enumerate(held):
-        with cowfence.open(path, snapshot=f"s{number}") as disk:
+        with cowfence.open(path, snapshot=f"s{number}", secret=SECRET) as disk:
             assert disk.read(0, size) == content
     with cowfence.open(path) as disk:
         for number in range(kind.bitmaps):
@@ -207,11 +238,11 @@ def test_qemu_makes_and_we_work(tmp_path: Path, kind: Kind, monkeypatch: pytest.
     compared(path, bytes(guest.content), kind)
 
 
-@pytest.mark.parametrize("kind", covering(), ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in covering() if kind.encryption != "aes"], ids=str)
 def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path, size = tmp_path / "disk.qcow2", 8 * MIB
-    guest = Guest(size, base_of(kind, tmp_path, size), 2)
+    guest = Guest(kind, size, base_of(kind, tmp_path, size), 2)
     backing = {"backing": f"base.{kind.backing}", "backing_format": kind.backing} if kind.backing != "none" else {}
     with cowfence.create(
         path,
@@ -225,6 +256,8 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind, monkeypatch: pytest.
         extended_l2=kind.extended,
         data_file="disk.data" if kind.data_file != "none" else None,
         data_file_raw=kind.data_file == "raw",
+        encryption=NewLuks(iter_time_ms=1) if kind.encryption == "luks" else None,
+        secret=SECRET,
         **backing,  # type: ignore[arg-type]
     ) as disk:
         by_us(disk, guest, 12)
@@ -242,9 +275,9 @@ def test_we_make_and_qemu_works(tmp_path: Path, kind: Kind, monkeypatch: pytest.
     compared(path, bytes(guest.content), kind)
     for number, content in enumerate(held):
         out = tmp_path / "snapshot.raw"
-        run(["qemu-img", "convert", "-l", f"s{number}", "-f", "qcow2", "-O", "raw", path, out])
+        run(["qemu-img", "convert", "-l", f"s{number}", "-O", "raw", *seen_by_qemu(path, kind), out])
         assert out.read_bytes() == content
-    with cowfence.open(path, writable=True) as disk:
+    with cowfence.open(path, writable=True, secret=SECRET) as disk:
         for number in range(kind.bitmaps):
             covers(disk.bitmaps.ranges(f"b{number}"), before, bytes(guest.content))
         by_us(disk, guest, 6)

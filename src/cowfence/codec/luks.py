@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cowfence.codec.base import CodecError, hash_of
-from cowfence.units import SECTOR_BYTES
+from cowfence.units import SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.codec.sectors import SectorCipher
@@ -75,8 +75,8 @@ class LuksHeader:
 
     @property
     def material_bytes(self) -> int:
-        """Of one slot."""
-        return self.key_bytes * STRIPES
+        """Of one slot: whole sectors."""
+        return align_up(self.key_bytes * STRIPES, SECTOR_BYTES)
 
     @property
     def area_bytes(self) -> int:
@@ -184,7 +184,8 @@ def open_slot(header: LuksHeader, read: ReadArea, number: int, passphrase: bytes
     material = read(slot.material_sector * SECTOR_BYTES, header.material_bytes)
     if len(material) != header.material_bytes:
         raise CodecError(f"the material of key slot {number} is cut off")
-    key = _merge(cipher.decrypt(0, material), header.key_bytes, header.hash_name)
+    split = cipher.decrypt(0, material)[: header.key_bytes * STRIPES]
+    key = _merge(split, header.key_bytes, header.hash_name)
     return key if hmac.compare_digest(_digest(header, key), header.digest) else None
 
 
@@ -282,7 +283,8 @@ def with_slot(area: bytes, number: int, key: bytes, passphrase: bytes, iter_time
     iterations = max(MIN_ITERATIONS, iterations_for(header.hash_name, iter_time_ms, header.key_bytes))
     slot = replace(header.slots[number], active=True, iterations=min(iterations, MAX_ITERATIONS), salt=os.urandom(_SALT_BYTES))
     cipher = cipher_of(header, _derived(header, slot, passphrase))
-    return _replaced(area, header, number, slot, cipher.encrypt(0, _split(key, header.hash_name)))
+    split = _split(key, header.hash_name).ljust(header.material_bytes, b"\0")
+    return _replaced(area, header, number, slot, cipher.encrypt(0, split))
 
 
 def without_slot(area: bytes, number: int) -> bytes:

@@ -92,10 +92,10 @@ class FormatInfo:
         if self.bitmaps:
             found["bitmaps"] = [bitmap.to_dict() for bitmap in self.bitmaps]
         found["refcount-bits"] = self.refcount_bits
-        if self.encryption is not None:
-            found["encrypt"] = {"format": self.encryption} if self.luks is None else _luks_dict(self.luks)
         if self.data_file is not None:
             found["data-file"] = self.data_file
+        if self.encryption is not None:
+            found["encrypt"] = {"format": self.encryption} if self.luks is None else _luks_dict(self.luks)
         if self.has_data_file:
             found["data-file-raw"] = self.data_file_raw
         if self.compat == "1.1":
@@ -172,10 +172,10 @@ class ImageInfo:
             found["actual-size"] = self.actual_bytes
         if self.specific is not None:
             found["format-specific"] = self.specific.to_dict()
-        if self.encrypted:
-            found["encrypted"] = True
         if self.full_backing_filename is not None:
             found["full-backing-filename"] = self.full_backing_filename
+        if self.encrypted:
+            found["encrypted"] = True
         if self.backing_filename is not None:
             found["backing-filename"] = self.backing_filename
         found["dirty-flag"] = self.dirty
