@@ -151,8 +151,11 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         (["create", "-o", "foo=1", "x", "1M"], "x: invalid parameter 'foo'"),
         (["create", "-o", "cluster_size=3000", "x", "1M"], "x: cluster size must be a power of two between 512 and 2M"),
         (["create", "-o", "refcount_bits=x", "x", "1M"], "x: refcount_bits=x: must be a number"),
-        (["create", "-o", "encryption=on", "x", "1M"], "x: unsupported: creating images with the option encryption"),
-        (["create", "-o", "encrypt.format=luks", "x", "1M"], "x: unsupported: creating images with the option encrypt.format"),
+        (["create", "-o", "encryption=on", "x", "1M"], "x: unsupported: creating images with AES encryption"),
+        (["create", "-o", "encrypt.format=luks", "x", "1M"], "x: Parameter 'encrypt.key-secret' is required for cipher"),
+        (["create", "-o", "encrypt.format=luks,encrypt.key-secret=s", "x", "1M"], "No secret with id 's'"),
+        (["create", "-o", "encrypt.format=aes", "x", "1M"], "x: unsupported: creating images with encrypt.format=aes"),
+        (["create", "-o", "encrypt.cipher-alg=aes-256", "x", "1M"], "x: encrypt.format is missing"),
         (["create", "-o", "data_file_raw=on", "x", "1M"], "x: data_file_raw needs data_file"),
         (
             ["create", "-o", "data_file=nbd://h/x", "x", "1M"],

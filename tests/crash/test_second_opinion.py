@@ -16,7 +16,7 @@ import pytest
 
 from cowfence.crash.cases import Case, record
 from cowfence.crash.explore import Model, device_of
-from cowfence.crash.images import BACKING, IMAGE
+from cowfence.crash.images import IMAGE, SECRET
 from cowfence.crash.runner import EngineSubject
 from cowfence.crash.workloads import all_images, covering_images, two
 from cowfence.crash.workloads import walk as random_walk
@@ -63,17 +63,22 @@ def read_by_us(case: Case, contents: Mapping[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("model", ["kill", "power"])
-def test_qemu_agrees(tmp_path: Path, model: Model) -> None:
+def test_qemu_agrees(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_bytes(SECRET)
     path, raw = tmp_path / IMAGE, tmp_path / "raw"
     flushes = 0
     for case, after, contents in itertools.islice(sample(model, 7), WANTED // 2):
-        path.write_bytes(contents[IMAGE])
-        if BACKING in contents:
-            (tmp_path / BACKING).write_bytes(contents[BACKING])
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        seen = ["-f", "qcow2", str(path)]
+        if case.image.encrypted:
+            key = "driver=qcow2,encrypt.key-secret=s,file.filename="
+            seen = ["--object", "secret,id=s,file=secret", "--image-opts", f"{key}{path}"]
         told = f"{case}: after {after}"
         flushes += after == "a flush has returned"
-        done = run(["qemu-img", "check", "-f", "qcow2", str(path)], check=False)
+        done = run(["qemu-img", "check", *seen], check=False)
         assert done.returncode in (0, 3), f"{told}: {done.stdout}{done.stderr}"
-        run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(path), str(raw)])
+        run(["qemu-img", "convert", "-O", "raw", *seen, str(raw)])
         assert raw.read_bytes() == read_by_us(case, contents), told
     assert flushes

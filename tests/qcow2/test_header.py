@@ -220,10 +220,7 @@ def test_known_extensions_that_stand_twice_must_agree() -> None:
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        ({"crypt_method": 1}, "AES"),
-        ({"crypt_method": 2}, "LUKS"),
         ({"crypt_method": 3}, "encryption method 3"),
-        ({"incompatible": Incompatible.DATA_FILE}, "external data file"),
         ({"incompatible": Incompatible.COMPRESSION, "compression_type": 9}, "compression type 9"),
         ({"incompatible": 1 << 63}, "bit 63"),
     ],

@@ -138,7 +138,7 @@ def header_of(
         raise Invalid(f"a backing file name has 1 to {MAX_BACKING_NAME_BYTES} bytes")
     if wanted.backing_format is not None:
         extensions.append(Extension(ExtensionType.BACKING_FORMAT, wanted.backing_format.encode()))
-    incompatible = Incompatible(0)
+    incompatible = 0
     if wanted.compression_type:
         incompatible |= Incompatible.COMPRESSION
     if wanted.extended_l2:
@@ -165,7 +165,7 @@ def header_of(
         refcount_table_clusters=table_clusters,
         backing_name=backing_name,
         compatible=int(Compatible.LAZY_REFCOUNTS) if wanted.lazy_refcounts else 0,
-        incompatible=int(incompatible),
+        incompatible=incompatible,
         autoclear=int(Autoclear.DATA_FILE_RAW) if wanted.data_file_raw else 0,
         compression_type=wanted.compression_type,
         refcount_order=geometry.refcount_bits.bit_length() - 1,

@@ -10,14 +10,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final, NamedTuple
 
 from cowfence.qcow2.geometry import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
 from cowfence.units import align_up
 
+# No flags of the library's: their complement has known bits only, and here those that are not known have to stay, or to go.
 
-class Incompatible(IntFlag):
+
+class Incompatible(IntEnum):
     """Who does not know one of these must not open the image."""
 
     DIRTY = 1 << 0
@@ -27,13 +29,13 @@ class Incompatible(IntFlag):
     EXTENDED_L2 = 1 << 4
 
 
-class Compatible(IntFlag):
+class Compatible(IntEnum):
     """Who does not know one of these may ignore it."""
 
     LAZY_REFCOUNTS = 1 << 0
 
 
-class Autoclear(IntFlag):
+class Autoclear(IntEnum):
     """Who does not know one of these must clear it before writing to the image."""
 
     BITMAPS = 1 << 0

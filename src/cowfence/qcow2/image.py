@@ -298,7 +298,7 @@ class Qcow2Disk:
     def _first_change(self, alteration: Alteration) -> None:
         if self._features_settled:
             return
-        state, kept = self._state, Autoclear.DATA_FILE_RAW
+        state, kept = self._state, int(Autoclear.DATA_FILE_RAW)
         if state.header.autoclear & Autoclear.BITMAPS:
             try:
                 if self.bitmaps.needs_marks:

@@ -303,3 +303,21 @@ def test_by_path(tmp_path: Path) -> None:
     rebase(top, None, unsafe=True)
     with cowfence.open(top) as disk:
         assert disk.read(0, disk.size) == bytes(2 << 20)
+
+
+def test_amending_keeps_bits_that_are_unknown_here() -> None:
+    """Compatible bits that nobody here knows stay; autoclear bits go, those of the bitmaps stay."""
+    memory = new(1 << 16, backed=False)
+    disk = opened(memory, None)
+    disk.bitmaps.add("b", granularity_bytes=512)
+    disk.close()
+    content = bytearray(memory.snapshot())
+    content[80:88] = (1 << 40 | int.from_bytes(content[80:88])).to_bytes(8)
+    content[88:96] = (1 << 41 | int.from_bytes(content[88:96])).to_bytes(8)
+    memory = MemoryStorage(bytes(content), name="image")
+    disk = opened(memory, None)
+    amend_disk(disk, Amendment(lazy_refcounts=True))
+    amend_disk(disk, Amendment(lazy_refcounts=False))
+    assert disk.header.compatible == 1 << 40
+    assert disk.header.autoclear == 1
+    disk.close()
