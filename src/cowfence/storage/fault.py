@@ -111,6 +111,11 @@ class FaultPlan:
             self._inside_hook = False
 
 
+def _half(offset: int, length_bytes: int) -> int:
+    """Bytes of the first half of a range, up to the end of a sector: none is ever torn."""
+    return max(0, (offset + length_bytes // 2) // SECTOR_BYTES * SECTOR_BYTES - offset)
+
+
 class FaultyStorage(StorageWrapper):
     """``inner`` with the faults of ``plan`` (None: none, only counting). Raises ``StorageFailed`` and ``NoSpace``."""
 
@@ -132,9 +137,9 @@ class FaultyStorage(StorageWrapper):
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
         def write_half() -> None:
             data = b"".join(buffers)
-            middle = (offset + len(data) // 2) // SECTOR_BYTES * SECTOR_BYTES
-            if middle > offset:
-                self.inner.writev(offset, (data[: middle - offset],), mark)
+            half_bytes = _half(offset, len(data))
+            if half_bytes:
+                self.inner.writev(offset, (data[:half_bytes],), mark)
 
         self._call(Kind.WRITE, offset, mark, lambda: self.inner.writev(offset, buffers, mark), write_half)
 
@@ -144,7 +149,7 @@ class FaultyStorage(StorageWrapper):
             offset,
             mark,
             lambda: self.inner.zero(offset, length_bytes, mark),
-            lambda: self.inner.zero(offset, length_bytes // 2, mark),
+            lambda: self.inner.zero(offset, _half(offset, length_bytes), mark),
         )
 
     def discard(self, offset: int, length_bytes: int, mark: str) -> None:
