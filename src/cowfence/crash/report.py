@@ -109,7 +109,7 @@ def stage_of(kind: str, mark: str) -> Stage:
         return "link"
     if mark.endswith(".new") or mark in ("data.write", "refcount.increment"):
         return "prepare"
-    if mark in ("refcount.decrement", "host.discard"):
+    if mark in ("refcount.decrement", "host.discard", "luks.wipe"):
         return "reclaim"
     return "other"
 
