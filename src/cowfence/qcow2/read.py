@@ -163,9 +163,11 @@ class Reads:
         Call it under the lock. Raises Cold where ``wait`` is false and the host has to read.
         """
         state = self._state
+        if kind is RunKind.ZERO or (kind is RunKind.UNALLOCATED and offset >= state.backing_bytes):
+            return None
         within = offset & state.geometry.cluster_mask
         plan = self._plan_of(kind, entry, offset, length_bytes)
-        if all(reads_zero(state, run) for run in plan):
+        if kind is RunKind.SUBCLUSTERED and all(reads_zero(state, run) for run in plan):
             return None
         try:
             if kind is RunKind.COMPRESSED:

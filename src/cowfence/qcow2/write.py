@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cowfence.errors import NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
@@ -28,6 +28,8 @@ from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.storage.base import Buffer
 from cowfence.units import SECTOR_BYTES, align_down, align_up
+
+_UNALLOCATED: Final = (RunKind.UNALLOCATED, None)
 
 
 class Target(NamedTuple):
@@ -73,16 +75,18 @@ class Writes:
         targets, runs, home = self._plan(table, l1_index, offset, length_bytes, wait=wait)
         try:
             calls = self._vectors(targets, offset, data, wait=wait)
-            for target in targets if not geometry.external_data else ():
-                cluster = target.host >> geometry.cluster_bits
-                state.layout.check_data(cluster, 1)
-                if not target.reserved:
-                    state.allocator.check_handed_out(cluster)
+            if not geometry.external_data:
+                for target in targets:
+                    cluster = target.host >> geometry.cluster_bits
+                    state.layout.check_data(cluster, 1)
+                    if not target.reserved:
+                        state.allocator.check_handed_out(cluster)
             state.committer.data_written = True
+            cipher, writev = state.cipher, state.data.writev
             for host, guest, buffers in calls:
-                if state.cipher is not None:
-                    buffers = [state.cipher.encrypt(b"".join(buffers), host, guest)]
-                state.data.writev(host, buffers, "data.write")
+                if cipher is not None:
+                    buffers = [cipher.encrypt(b"".join(buffers), host, guest)]
+                writev(host, buffers, "data.write")
         except BaseException:
             state.allocator.give_back(runs)
             raise
@@ -122,7 +126,7 @@ class Writes:
         start, end = 0, geometry.cluster_bytes
         for l2_index in range(first, first + count):
             entry = table.entry(l2_index) if table is not None else 0
-            kind, host = decode(state, l1_index, l2_index, entry)
+            kind, host = decode(state, l1_index, l2_index, entry) if entry else _UNALLOCATED
             if geometry.external_data:
                 # The one place that a guest cluster can have, and nobody else.
                 host = (l1_index << geometry.l2_bits | l2_index) << geometry.cluster_bits
