@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from cowfence.errors import Corrupt, Invalid, Unsupported
@@ -151,20 +152,15 @@ def unlocked(luks: LuksHeader, read: Callable[[int, int], bytes], secrets: Seque
     raise Invalid(f"{name}: Invalid password, cannot unlock any keyslot")
 
 
-class named:  # noqa: N801 (used like a function)
+@contextmanager
+def named(name: str) -> Iterator[None]:
     """Inside it, what the codec does not know is Unsupported, by the name of the image."""
+    from cowfence.codec.base import CodecError
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        from cowfence.codec.base import CodecError
-
-        if isinstance(error, CodecError):
-            raise Unsupported(self._name, f"LUKS with {error}") from None
+    try:
+        yield
+    except CodecError as unknown:
+        raise Unsupported(name, f"LUKS with {unknown}") from None
 
 
 def new_cipher(area: bytes, secret: bytes, name: str) -> DataCipher:
@@ -285,8 +281,6 @@ def _replace(alteration: Alteration, old: EncryptionPointer, area: bytes) -> Non
 
 
 def _pointing(now: Header, offset: int, length_bytes: int) -> Header:
-    from dataclasses import replace
-
     extensions = with_extension(now, ExtensionType.ENCRYPTION, pointer_extension(offset, length_bytes))
     return replace(now, extensions=extensions, backing_offset=0)
 

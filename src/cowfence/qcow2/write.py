@@ -101,7 +101,7 @@ class Writes:
         state = self._state
         start = align_down(offset, SECTOR_BYTES)
         whole = bytearray(align_up(offset + len(data), SECTOR_BYTES) - start)
-        for at in {0, len(whole) - SECTOR_BYTES}:
+        for at in sorted({0, len(whole) - SECTOR_BYTES}):
             sector = memoryview(whole)[at : at + SECTOR_BYTES]
             plan = list(runs(state, start + at, SECTOR_BYTES, wait=wait))
             try:
