@@ -24,8 +24,11 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
 
 def source_format(arguments: argparse.Namespace, image: str) -> str:
     """The format that ``-f`` gives, or else "qcow2" where the file looks so. Raises NotThisFormat where it does not."""
-    if arguments.format is not None:
-        return str(arguments.format)
+    return looked_at(image) if arguments.format is None else str(arguments.format)
+
+
+def looked_at(image: str) -> str:
+    """ "qcow2" where the file looks so. Raises NotThisFormat where it does not: a raw disk can hold anything."""
     storage = FileStorage.open(image, lock=False)
     try:
         found = probe(storage)

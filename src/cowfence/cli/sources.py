@@ -1,0 +1,173 @@
+"""Images that are only read, as qemu-img's users name them: a file, an NBD URI, ``json:{...}``, or (``--image-opts``) a list of
+``key=value``.
+
+The command line is the user's own word, so a protocol may stand in it; what an image itself names is the policy's business
+(``disk.opener``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cowfence.cli.formats import looked_at
+from cowfence.cli.main import references
+from cowfence.cli.secrets import secret_named, secrets_of
+from cowfence.disk.opener import printable
+from cowfence.errors import Invalid, Unsupported
+
+if TYPE_CHECKING:
+    from cowfence.disk.base import Disk
+
+_FORMATS: Final = ("qcow2", "raw", "luks")
+_CACHE_HELP: Final = "none and directsync read around the page cache (default: writeback)"
+_PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a name on the command line means. ``format``: None where nobody said. ``secret``: the id of what opens it."""
+
+    name: str
+    format: str | None = None
+    offset: int = 0
+    size_bytes: int | None = None
+    secret: str | None = None
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """``--image-opts``, ``-T`` and ``-U``, for subcommands that read images."""
+    parser.add_argument("--image-opts", action="store_true", help="images are given as driver=...,file.filename=...")
+    parser.add_argument(
+        "-T", dest="source_cache", choices=("none", "writeback", "writethrough", "directsync", "unsafe"), help=_CACHE_HELP
+    )
+    parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
+
+
+def parse_source(text: str, *, image_opts: bool) -> Source:
+    """Raises Invalid, Unsupported for what cannot be described here."""
+    if image_opts:
+        return _described(_options(text), text)
+    if text.startswith("json:"):
+        try:
+            found = json.loads(text[5:])
+        except ValueError as error:
+            raise Invalid(f"Could not parse the JSON options: {error}") from None
+        if not isinstance(found, dict):
+            raise Invalid("Invalid JSON object given")
+        return _described(dict(_flat(found, "")), text)
+    return Source(text)
+
+
+def _options(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in re.findall(r"(?:[^,]|,,)+", text):
+        name, equals, value = item.replace(",,", ",").partition("=")
+        found[name if equals else "file.filename"] = value if equals else name
+    return found
+
+
+def _flat(found: dict[str, object], prefix: str) -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            flat.append((prefix + name, "on" if value else "off"))
+        else:
+            flat.append((prefix + name, str(value)))
+    return flat
+
+
+def _described(options: dict[str, str], text: str) -> Source:
+    shown = printable(text)
+    driver = options.pop("driver", None)
+    protocol = options.pop("file.driver", "file")
+    if driver in ("file", "host_device", "nbd"):
+        options = {f"file.{name}": value for name, value in options.items()}
+        driver, protocol = "raw", driver
+    secret = options.pop("encrypt.key-secret", None) or options.pop("key-secret", None)
+    if driver is not None and driver not in _FORMATS:
+        raise Unsupported(shown, f"the driver {driver!a}; here are {', '.join(_FORMATS)}")
+    if protocol in ("file", "host_device"):
+        name = options.pop("file.filename", None) or options.pop("filename", None)
+        if name is None:
+            raise Invalid(f'{shown}: A block device must be specified for "file"')
+    elif protocol == "nbd":
+        name = _nbd_uri(options, shown)
+    else:
+        raise Unsupported(shown, f"the protocol {protocol!a}; here are file, host_device and nbd")
+    numbers = {key: _number(options.pop(key), key) for key in ("offset", "size") if driver == "raw" and key in options}
+    if options:
+        raise Unsupported(shown, f"the option {sorted(options)[0]!a}")
+    return Source(name, driver, numbers.get("offset", 0), numbers.get("size"), secret)
+
+
+def _number(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise Invalid(f"Parameter '{name}' expects a number")
+    return int(text)
+
+
+def _nbd_uri(options: dict[str, str], shown: str) -> str:
+    from urllib.parse import quote
+
+    export = quote(options.pop("file.export", ""), safe="")
+    kind = options.pop("file.server.type", None)
+    path, host, port = (options.pop(f"file.server.{name}", None) for name in ("path", "host", "port"))
+    path, host, port = (
+        path or options.pop("file.path", None),
+        host or options.pop("file.host", None),
+        port or options.pop("file.port", None),
+    )
+    if path is not None and kind in (None, "unix"):
+        return f"nbd+unix:///{export}?socket={quote(path)}"
+    if host is not None and kind in (None, "inet"):
+        return f"nbd://{host}:{port or 10809}/{export}"
+    raise Invalid(f"{shown}: an NBD server needs a path, or a host")
+
+
+def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | None, snapshot: str | None = None) -> Disk:
+    """The disk that ``text`` names, for reading. ``format_name``: that of ``-f``. Raises Invalid, Unsupported, and as
+    ``chain.open_chain`` and the NBD client do."""
+    image_opts = getattr(arguments, "image_opts", False)
+    if image_opts and format_name is not None:
+        raise Invalid("--image-opts and --format are mutually exclusive")
+    source = parse_source(text, image_opts=image_opts)
+    if source.name.startswith(_PROTOCOLS):
+        return _open_nbd(source, format_name)
+    from cowfence.chain import open_chain
+
+    chosen = source.format or format_name
+    if chosen is None:
+        chosen = looked_at(source.name)
+    if source.offset or source.size_bytes is not None:
+        raise Unsupported(printable(text), "the options offset and size of raw files")
+    if chosen not in _FORMATS:
+        raise Unsupported(printable(source.name), f"the format {chosen!a}; here are {', '.join(_FORMATS)}")
+    secrets = secrets_of(arguments)
+    if source.secret is not None:
+        value = secret_named(arguments, source.secret)
+        secrets = lambda _: [value]  # noqa: E731
+    return open_chain(
+        source.name,
+        format=chosen,
+        refs=references(arguments, source.name),
+        force_share=getattr(arguments, "force_share", False),
+        assume_backing_format=arguments.assume_backing_format,
+        secrets=secrets,
+        snapshot=snapshot,
+        direct=getattr(arguments, "source_cache", None) in ("none", "directsync"),
+    )
+
+
+def _open_nbd(source: Source, format_name: str | None) -> Disk:
+    from cowfence.nbd.client import NbdDisk
+
+    chosen = source.format or format_name
+    if chosen not in (None, "raw"):
+        raise Unsupported(source.name, f"the format {chosen} behind NBD; let the server read it")
+    return NbdDisk(source.name)
