@@ -45,7 +45,6 @@ COMPARE = [
     "-T none -f raw -F raw a.raw b.raw",
     "-U -f raw -F raw a.raw b.raw",
     "nope q.qcow2",
-    "bad.qcow2 q.qcow2",
     "-f qcow2 a.raw q.qcow2",
     "-f foo a.raw q.qcow2",
     "a.raw",

@@ -138,7 +138,7 @@ def settle(
         if options.backing_format not in FORMATS:
             raise Unsupported(name, f"backing file format {options.backing_format!a}; cowfence opens qcow2, raw and luks")
         if open_backing:
-            found_bytes = _backing_size(path, options.backing, options.backing_format, refs or Refs.trust_all())
+            found_bytes = backing_size(path, options.backing, options.backing_format, refs or Refs.trust_all())
             size_bytes = found_bytes if size_bytes is None else size_bytes
     if size_bytes is None:
         raise Invalid(f"{name}: image creation needs a size parameter")
@@ -188,7 +188,7 @@ def _check_options(options: CreateOptions, name: str) -> None:
         raise Invalid(f"{name}: preallocation would hide the backing file: the two exclude each other without extended_l2")
 
 
-def _backing_size(path: str | os.PathLike[str], backing: str, backing_format: str, refs: Refs) -> int:
+def backing_size(path: str | os.PathLike[str], backing: str, backing_format: str, refs: Refs) -> int:
     """The size of the backing file's disk. Opens that file only."""
     directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     opened = refs.follow(backing, Place(printable(os.fspath(path)), directory, _identity_of(path)))

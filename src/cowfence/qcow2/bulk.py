@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cowfence.errors import Invalid, NoSpace
 from cowfence.qcow2.create import NewImage, geometry_of, header_of, refcount_shape
-from cowfence.qcow2.entries import ALL_SUBCLUSTERS, COPIED, Compressed, encode_l2
+from cowfence.qcow2.entries import ALL_SUBCLUSTERS, BITMAP_SHIFT, COPIED, WORD_MASK, Compressed, encode_l2, zeroed
 from cowfence.qcow2.geometry import MAX_L1_BYTES, HostOffset
 from cowfence.qcow2.header import encode
 from cowfence.qcow2.tables import Table, counts_bytes
@@ -60,6 +60,12 @@ class BulkImage:
             words = np.arange(first, first + count, dtype=np.uint64) << np.uint64(self.geometry.cluster_bits)
             self._map(guest_cluster, words | np.uint64(COPIED), ALL_SUBCLUSTERS)
         return first << self.geometry.cluster_bits
+
+    def place_zeros(self, guest_cluster: int, count: int) -> None:
+        """Guest clusters that read as zeros over whatever a backing file has there."""
+        entry = zeroed(0, self.geometry)
+        with self._guard:
+            self._map(guest_cluster, np.full(count, entry & WORD_MASK, np.uint64), entry >> BITMAP_SHIFT)
 
     def place_streams(self, guest_clusters: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Host offsets for the streams of some guest clusters, packed one behind the other."""

@@ -13,7 +13,7 @@ import cowfence
 from cowfence.disk.opener import Refs
 from cowfence.errors import Corrupt, CowfenceError, Invalid, Locked, NoSpace, ReadOnly, Refused, Unsupported
 from cowfence.ops.amend import Amendment, amend
-from cowfence.ops.convert import convert
+from cowfence.ops.convert import How, convert
 from cowfence.ops.create import CreateOptions
 from cowfence.ops.resize import resize
 from cowfence.ops.snapshot import create_snapshot
@@ -118,7 +118,7 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match="external data file"):
             create_snapshot(disk, "s")
     with pytest.raises(Invalid, match="Compression not supported"):
-        convert(path, tmp_path / "c", CreateOptions(data_file="d"), compress=True)
+        convert(path, tmp_path / "c", CreateOptions(data_file="d"), how=How(compress=True))
     for options in (
         {"data_file_raw": True},
         {"data_file": "d", "data_file_raw": True, "backing": "b", "backing_format": "raw"},
