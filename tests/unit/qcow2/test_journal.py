@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from cowfence.errors import CowfenceError, NotThisFormat
+from cowfence.qcow2.create import NewImage, write_new
+from cowfence.qcow2.image import open_image
 from cowfence.qcow2.journal import Journal, header_notes
+from cowfence.storage.memory import MemoryStorage
+from helpers_check import QUIET
 
 HEAD_WORDS = 8
 
@@ -183,3 +187,14 @@ def test_header_bytes_are_padded_to_words() -> None:
     assert notes[0] == 10 << 59 | 40 << 3
     assert notes[1] == 9
     assert notes[2].to_bytes(8, "little")[:8] == b"12345678"
+
+
+def test_the_largest_piece_of_an_extended_image_fits() -> None:
+    """Two words an entry: a write over a whole table, with a keeper, needs no more room than was asked for."""
+    image = MemoryStorage(name="image")
+    write_new(image, NewImage(64 << 20, 16384, extended_l2=True))
+    journal = Journal.new(bytearray(160 * 1024))
+    disk = open_image(image, backing=None, writable=True, options=QUIET, journal=journal)
+    disk.write(0, bytes(range(256)) * (16 << 12))
+    disk.write(0, b"x" * (16 << 20))
+    disk.close()

@@ -211,3 +211,12 @@ def test_the_hook_runs_inside_the_call_and_not_inside_itself() -> None:
     storage.fence("commit.fence")
     assert seen == [(Kind.READ, "", b"old"), (Kind.WRITE, "data.write", b"new!"), (Kind.FENCE, "commit.fence", b"hook")]
     assert memory.snapshot() == b"hook"
+
+
+@pytest.mark.parametrize(("offset", "length", "zeroed"), [(0, 512, 0), (0, 1024, 512), (512, 1536, 512), (100, 600, 0)])
+def test_half_of_a_zero_tears_no_sector(offset: int, length: int, zeroed: int) -> None:
+    memory = MemoryStorage(b"a" * 4096, name="file")
+    storage = FaultyStorage(memory, FaultPlan(1, arrived=Arrived.HALF))
+    with pytest.raises(StorageFailed):
+        storage.zero(offset, length, "test")
+    assert memory.snapshot() == b"a" * offset + bytes(zeroed) + b"a" * (4096 - offset - zeroed)
