@@ -14,7 +14,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
 from cowfence import __version__
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COMMANDS: Final[dict[str, str]] = {
     "amend": "change the version, the refcounts or the size of an image",
+    "bench": "time requests to an image",
     "bitmap": "change persistent dirty bitmaps, or list what one recorded",
     "check": "check an image, and repair it",
     "commit": "write an image's changes into its backing file",
@@ -44,6 +45,7 @@ COMMANDS: Final[dict[str, str]] = {
 }
 """Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
 
+_WITH_SUBCOMMANDS: Final = ("crash",)
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
@@ -86,33 +88,45 @@ class _Parser(argparse.ArgumentParser):
 
 def entry(argv: Sequence[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code. Prints no traceback for what users can cause."""
+    return entry_of("cowfence", COMMANDS, argv)
+
+
+def entry_of(program: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
+    """The same under another name, with some of the subcommands."""
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     try:
-        code = _run(words)
+        code = _run(program, commands, words)
         # Here, not at exit: a full disk or a closed pipe has to reach the code below.
         sys.stdout.flush()
     except CowfenceError as error:
-        return _failed(str(error))
+        return _failed(program, str(error))
     except BrokenPipeError:
         _drop_unwritable_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         _drop_unwritable_output()
-        return _failed(str(error))
+        return _failed(program, str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code
 
 
-def _run(words: list[str]) -> int:
-    parser = _Parser(prog="cowfence", description="A crash-safe QCOW2 engine.")
-    parser.add_argument("--version", action="version", version=f"cowfence {__version__}")
+def _run(program: str, commands: Mapping[str, str], words: list[str]) -> int:
+    if words and words[0] in commands and words[0] not in _WITH_SUBCOMMANDS:
+        # Options may stand behind names, as getopt has it.
+        name = words[0]
+        alone = _Parser(prog=f"{program} {name}", description=commands[name])
+        chosen_command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
+        chosen_command.configure(alone)
+        return chosen_command.run(alone.parse_intermixed_args(words[1:]))
+    parser = _Parser(prog=program, description="A crash-safe QCOW2 engine.")
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     # With `prog` given, argparse need not format the usage now, which would load more of the library.
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser, prog=parser.prog)
     chosen = next((word for word in words if not word.startswith("-")), None)
     command: Command | None = None
-    for name, line in COMMANDS.items():
+    for name, line in commands.items():
         subparser = subparsers.add_parser(name, help=line, description=line)
         if name == chosen:
             command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
@@ -206,10 +220,10 @@ def _drop_unwritable_output() -> None:
         os.close(nowhere)
 
 
-def _failed(message: str) -> int:
+def _failed(program: str, message: str) -> int:
     # Names come from images and from users: whatever is in them, it stays one line and steers no terminal.
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    print(f"cowfence: {shown}", file=sys.stderr)
+    print(f"{program}: {shown}", file=sys.stderr)
     return EXIT_FAILED
 
 
