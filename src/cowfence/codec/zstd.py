@@ -11,6 +11,7 @@ more than its cluster, but a writer that streams without saying the length decla
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 
 from cowfence.codec.base import CodecError, check_length
@@ -25,9 +26,17 @@ _OPTIONS = {int(_zstd.DecompressionParameter.window_log_max): _MAX_WINDOW_LOG}
 
 
 def compressor(level: int | None = None) -> Callable[[bytes], bytes]:
-    """What makes the frame of a cluster. ``level``: zstd's (default 3)."""
-    chosen = 3 if level is None else level
-    return lambda cluster: _zstd.compress(cluster, chosen)
+    """What makes the frame of a cluster; each thread has a context of its own. ``level``: zstd's (default 2, which is a third
+    faster than its own default, for a file that is one part in a hundred larger)."""
+    held = threading.local()
+
+    def compress(cluster: bytes) -> bytes:
+        context: _zstd.ZstdCompressor | None = getattr(held, "context", None)
+        if context is None:
+            context = held.context = _zstd.ZstdCompressor(2 if level is None else level)
+        return context.compress(cluster, context.FLUSH_FRAME)
+
+    return compress
 
 
 def decompress(data: bytes | bytearray | memoryview, cluster_bytes: int) -> bytes:

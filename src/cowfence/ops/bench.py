@@ -41,7 +41,7 @@ class Benched:
             "request-bytes": self.load.request_bytes,
             "depth": self.load.depth,
             "write": self.load.is_write,
-            "seconds": round(self.seconds, 6),
+            "microseconds": round(self.seconds * 1e6),
         }
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cowfence.chain import open_chain
 from cowfence.codec import compressor
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """(bytes of the source that are done, its size)."""
 
+_SAMPLES: Final = 16
 _PIECE_BYTES: Final = 2 * MIB
 DEFAULT_SPARSE_BYTES: Final = 4 * KIB
 
@@ -393,7 +395,11 @@ def _joined(places: list[int], streams: list[bytes]) -> Iterator[tuple[int, list
 def data_runs(data: memoryview, unit_bytes: int) -> list[tuple[int, int]]:
     """The parts of ``data`` that are not all zeros, as (offset, length in bytes), in units."""
     whole = len(data) // unit_bytes * unit_bytes
-    some = np.frombuffer(data[:whole], np.uint64).reshape(-1, unit_bytes // 8).any(axis=1) if whole else np.zeros(0, bool)
+    units = np.frombuffer(data[:whole], np.uint64).reshape(-1, unit_bytes // 8) if whole else np.zeros((0, 1), np.uint64)
+    # Most units show by a few of their words that they are not zero; the others are looked through.
+    some: NDArray[np.bool_] = np.asarray(units[:, :: max(1, units.shape[1] // _SAMPLES)].any(axis=1))
+    rest = np.flatnonzero(~some)
+    some[rest] = [bool(units[row].any()) for row in rest.tolist()]
     if len(data) > whole:
         some = np.append(some, bool(bytes(data[whole:]).strip(b"\0")))
     edges = np.flatnonzero(np.diff(np.concatenate(([0], some, [0])).astype(np.int8))).tolist()
@@ -425,6 +431,7 @@ class _Work:
         self._turn = threading.Condition()
         self._next = 0
         self._failed = False
+        self._buffers = threading.local()
         self._paced = threading.Lock()
         self._due = time.monotonic()
         """When the next bytes may be written, where the rate is limited."""
@@ -456,6 +463,13 @@ class _Work:
                 raise
         if self._progress is not None:
             self._progress(self._disk.size, self._disk.size)
+
+    def _buffer(self, length_bytes: int) -> memoryview:
+        """This thread's own, used again for each of its pieces: to have the kernel clear pages for each takes long."""
+        held: memoryview | None = getattr(self._buffers, "held", None)
+        if held is None or len(held) < length_bytes:
+            held = self._buffers.held = np.empty(length_bytes, np.uint8).data
+        return held[:length_bytes]
 
     def _read(self, start: int, buffer: memoryview) -> None:
         try:
@@ -498,7 +512,7 @@ class _Work:
         return left
 
     def _piece(self, sink: _Sink, number: int, start: int, length_bytes: int, in_order: bool) -> tuple[int, int]:
-        buffer = np.empty(length_bytes, np.uint8).data
+        buffer = self._buffer(length_bytes)
         try:
             self._read(start, buffer)
             prepared = sink.prepare(start, buffer)
