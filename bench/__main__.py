@@ -16,10 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import explorer, rows
+from bench import convert_rows, explorer, rows
 from bench.measure import Row
 
 ROWS: dict[str, Callable[[Path, Path, int], Iterator[Row]]] = {
+    "P1": convert_rows.plain,
+    "P2": convert_rows.zlib,
+    "P3": convert_rows.zstd,
+    "P4": convert_rows.back,
     "P5": rows.check,
     "P6": rows.snapshot,
     "P7": rows.random_read,
