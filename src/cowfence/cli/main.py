@@ -35,6 +35,7 @@ COMMANDS: Final[dict[str, str]] = {
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",
+    "diff": "show where two images, or two states of one, differ",
     "info": "describe an image",
     "map": "show where the bytes of a disk stand",
     "measure": "show how large a new image would be",

@@ -53,7 +53,7 @@ def compare(first: Disk, second: Disk, *, strict: bool = False, progress: Progre
     if strict and sizes_differ:
         return Comparison(sizes_differ, strict=True)
     shared, longest = min(first.size, second.size), max(first.size, second.size)
-    for one, other in _pairs(first, second, shared):
+    for one, other in pairs_of(first, second, shared):
         if strict and _status(one) != _status(other):
             return Comparison(sizes_differ, one.start, status_differs=True, strict=True)
         offset = _difference(first, second, one, other)
@@ -72,7 +72,7 @@ def compare(first: Disk, second: Disk, *, strict: bool = False, progress: Progre
     return Comparison(sizes_differ, strict=strict)
 
 
-def _pairs(first: Disk, second: Disk, length_bytes: int) -> Iterator[tuple[Extent, Extent]]:
+def pairs_of(first: Disk, second: Disk, length_bytes: int) -> Iterator[tuple[Extent, Extent]]:
     """The extents of both, cut so that each pair covers the same range."""
     if not length_bytes:
         return
