@@ -84,6 +84,8 @@ CASES = [
     ("-c -O raw over.qcow2 out", ""),
     ("-m 17 -O raw over.qcow2 out", ""),
     ("-S 1000 -O raw over.qcow2 out", ""),
+    ("-t foo -O raw over.qcow2 out", ""),
+    ("-T foo -O raw over.qcow2 out", ""),
     ("-O qcow2 over.qcow2", ""),
     ("-O qcow2 nope out", ""),
     ("-O qcow2 -o nope=1 over.qcow2 out", ""),
@@ -137,3 +139,12 @@ def test_salvage_goes_on_where_the_source_cannot_be_read(tmp_path: Path) -> None
     out = (tmp_path / "out").read_bytes()
     assert out[:65536] == bytes(65536)
     assert out[65536 : MIB - 65536] == raw.read_bytes()[65536 : MIB - 65536]
+
+
+def test_a_snapshot_behind_nbd_is_refused(tmp_path: Path) -> None:
+    """No server is asked: the option means nothing there."""
+    words = ["-l", "s", "-O", "raw", f"nbd+unix:///?socket={tmp_path}/socket", str(tmp_path / "out")]
+    done = command("convert", *words, check=False)
+    assert done.returncode == 1
+    assert "an internal snapshot" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -57,6 +57,13 @@ def test_its_name_and_its_subcommands(folder: Path) -> None:
     done = img("info", "nope")
     assert done.returncode == 1
     assert done.stderr.startswith("cowfence-img: ")
+    done = img("compare", "no\npe", "q")
+    assert done.returncode == 2
+    assert done.stderr.startswith("cowfence-img: ")
+    assert len(done.stderr.splitlines()) == 1
+    done = img("check", "-f", "raw", "a.raw")
+    assert done.returncode == 63
+    assert done.stderr.startswith("cowfence-img: ")
     assert img("serve", "a.raw").returncode == 1
     assert img("crash").returncode == 1
     assert img("create", "q", "-f", "qcow2", "1M", "-o", "cluster_size=4k").returncode == 0

@@ -155,6 +155,13 @@ def test_legacy(secrets: Path) -> None:
     done = command("convert", *secret(secrets), "-O", "raw", str(path), str(secrets / "out"))
     assert "is weak" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    both = [*secret(secrets, "two"), *secret(secrets)]
+    guess = command("convert", *both, "-O", "raw", str(path), str(secrets / "guess"), check=False)
+    assert guess.returncode == 1
+    assert "cannot tell which" in guess.stderr
+    assert not (secrets / "guess").exists()
+    command("convert", *both, *options(path), "-O", "raw", str(secrets / "named"))
+    assert (secrets / "named").read_bytes() == (secrets / "out").read_bytes()
     refused = command(
         "create", *secret(secrets), "-o", "encrypt.format=aes,encrypt.key-secret=one", str(path), "4M", check=False
     )

@@ -11,8 +11,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from cowfence.cli.main import add_output_option, print_json
+from cowfence.cli.main import add_output_option, complain, one_line, print_json
 from cowfence.cli.progress import shown
+from cowfence.errors import Invalid
 
 if TYPE_CHECKING:
     from cowfence.ops.check import CheckResult
@@ -40,33 +41,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     mode = None if arguments.repair is None else Mode(arguments.repair)
     if mode is not None and arguments.force_share:
-        print("cowfence: an image that another process may write to cannot be repaired (-r with -U)", file=sys.stderr)
-        return 1
+        raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
     try:
         with shown(arguments.progress and not arguments.quiet) as progress:
             result = check(
                 arguments.image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress
             )
     except NoCheck as error:
-        print(f"cowfence: {_one_line(str(error))}", file=sys.stderr)
-        return EXIT_NO_CHECK
+        return complain(arguments, str(error), EXIT_NO_CHECK)
     for finding in result.findings:
-        print(f"{finding.grade.value}: {_one_line(str(finding))}", file=sys.stderr)
+        print(f"{finding.grade.value}: {one_line(str(finding))}", file=sys.stderr)
     for line in _left_out(result.report):
         print(line, file=sys.stderr)
     for reason in result.unrepairable:
-        print(f"not repaired: {_one_line(reason)}", file=sys.stderr)
+        print(f"not repaired: {one_line(reason)}", file=sys.stderr)
     if not arguments.quiet:
         if arguments.output == "json":
             print_json(result.to_dict())
         else:
             _print_human(result)
     return result.exit_code
-
-
-def _one_line(text: str) -> str:
-    """Text with names out of an image in it, on one line that steers no terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _left_out(report: Report) -> list[str]:

@@ -4,9 +4,8 @@ they do, 1 they do not, 2 one cannot be opened, 4 one cannot be read."""
 from __future__ import annotations
 
 import argparse
-import sys
 
-from cowfence.cli.main import add_output_option, add_reference_options, print_json
+from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json
 from cowfence.cli.progress import shown
 from cowfence.cli.secrets import add_secret_options
 from cowfence.cli.sources import add_source_options, open_source
@@ -40,12 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     except CowfenceError as error:
         for disk in disks:
             disk.close()
-        return _failed(error, _CANNOT_OPEN)
+        return complain(arguments, str(error), _CANNOT_OPEN)
     try:
         with shown(arguments.progress and not arguments.quiet) as progress:
             found = compare(disks[0], disks[1], strict=arguments.strict, progress=progress)
     except CowfenceError as error:
-        return _failed(error, _CANNOT_READ)
+        return complain(arguments, str(error), _CANNOT_READ)
     finally:
         for disk in disks:
             disk.close()
@@ -66,8 +65,3 @@ def _lines(found: Comparison) -> list[str]:
     if found.status_differs:
         return [*lines, f"Strict mode: Offset {found.mismatch_offset} block status mismatch!"]
     return [*lines, f"Content mismatch at offset {found.mismatch_offset}!"]
-
-
-def _failed(error: CowfenceError, code: int) -> int:
-    print(f"cowfence: {error}", file=sys.stderr)
-    return code

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
-from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_bytes
+from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references, size_bytes
 from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
-from cowfence.cli.sources import add_source_options, open_source
+from cowfence.cli.sources import CACHE_HELP, CACHES, add_source_options, open_source
 from cowfence.disk.base import Disk
 from cowfence.disk.joined import JoinedDisk
 from cowfence.errors import Invalid, Unsupported
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads, 1 to 16 (default: twice the cores)")
     parser.add_argument("-r", "--rate-limit", dest="rate", metavar="SIZE", help="bytes a second at most")
-    parser.add_argument("-t", dest="target_cache", metavar="CACHE", help="none, writeback, writethrough, directsync, unsafe")
+    parser.add_argument("-t", dest="target_cache", metavar="CACHE", help=CACHE_HELP.format("write"))
     parser.add_argument("-W", dest="out_of_order", action="store_true", help="place data as it comes")
     parser.add_argument("-S", dest="sparse", metavar="SIZE", help="zeros that make a hole (default: 4k; 0: none)")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning")
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if shows:
         print()
     for offset, why in converted.unreadable:
-        print(f"cowfence: warning: error while reading offset {offset}: {why}", file=sys.stderr)
+        complain(arguments, f"warning: error while reading offset {offset}: {why}")
     if arguments.output == "json":
         print_json(converted.to_dict())
     return 0
@@ -81,6 +81,8 @@ def _how(arguments: argparse.Namespace) -> How:
         raise Invalid("Must specify image file name" if not arguments.names else "must specify the image to make")
     if arguments.threads is not None and not 1 <= arguments.threads <= 16:
         raise Invalid("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+    if arguments.target_cache not in (None, *CACHES):
+        raise Invalid(f"Invalid cache option: {arguments.target_cache}")
     if arguments.target_is_zero and not arguments.existing:
         raise Invalid("--target-is-zero requires use of -n flag")
     if arguments.existing and (arguments.options or arguments.backing):
@@ -158,7 +160,7 @@ def _copy_bitmaps(arguments: argparse.Namespace, disk: Disk, target: str) -> Non
             if bitmap.inconsistent:
                 if not arguments.skip_broken_bitmaps:
                     raise Invalid(f"Cannot copy inconsistent bitmap '{bitmap.name}'; use --skip-broken-bitmaps")
-                print(f"cowfence: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
+                complain(arguments, f"warning: Skipping inconsistent bitmap '{bitmap.name}'")
                 continue
             made.bitmaps.add(bitmap.name, granularity_bytes=bitmap.granularity_bytes)
             made.bitmaps.merge(bitmap.name, [disk.bitmaps.bits_of(bitmap.name)])

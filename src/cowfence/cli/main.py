@@ -101,13 +101,13 @@ def entry_of(program: str, commands: Mapping[str, str], argv: Sequence[str] | No
         # Here, not at exit: a full disk or a closed pipe has to reach the code below.
         sys.stdout.flush()
     except CowfenceError as error:
-        return _failed(program, str(error))
+        return _complain(program, str(error))
     except BrokenPipeError:
         _drop_unwritable_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         _drop_unwritable_output()
-        return _failed(program, str(error))
+        return _complain(program, str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code
@@ -120,6 +120,7 @@ def _run(program: str, commands: Mapping[str, str], words: list[str]) -> int:
         alone = _Parser(prog=f"{program} {name}", description=commands[name])
         chosen_command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
         chosen_command.configure(alone)
+        alone.set_defaults(program=program)
         return chosen_command.run(alone.parse_intermixed_args(words[1:]))
     parser = _Parser(prog=program, description="A crash-safe QCOW2 engine.")
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
@@ -132,6 +133,7 @@ def _run(program: str, commands: Mapping[str, str], words: list[str]) -> int:
         if name == chosen:
             command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
             command.configure(subparser)
+            subparser.set_defaults(program=program)
     arguments = parser.parse_args(words)
     assert command is not None  # argparse refuses a command that is not in the table.
     return command.run(arguments)
@@ -221,11 +223,19 @@ def _drop_unwritable_output() -> None:
         os.close(nowhere)
 
 
-def _failed(program: str, message: str) -> int:
-    # Names come from images and from users: whatever is in them, it stays one line and steers no terminal.
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    print(f"{program}: {shown}", file=sys.stderr)
-    return EXIT_FAILED
+def one_line(text: str) -> str:
+    """``text`` with names out of an image, or of a user's, in it: on one line that steers no terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def complain(arguments: argparse.Namespace, message: str, code: int = EXIT_FAILED) -> int:
+    """One line on stderr, under the name of the program that runs. Returns the exit code ``code``."""
+    return _complain(arguments.program, message, code)
+
+
+def _complain(program: str, message: str, code: int = EXIT_FAILED) -> int:
+    print(f"{program}: {one_line(message)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

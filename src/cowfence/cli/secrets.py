@@ -28,7 +28,7 @@ def add_secret_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="secret,id=ID,file=FILE|env=NAME[,format=raw|base64]",
-        help="a passphrase; every encrypted image is opened with the first one that fits",
+        help="a passphrase; every LUKS image is opened with the first one that fits",
     )
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from cowfence.disk.base import Disk
 
 _FORMATS: Final = ("qcow2", "raw", "luks")
-_CACHE_HELP: Final = "none and directsync read around the page cache (default: writeback)"
+CACHES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
+CACHE_HELP: Final = "none or directsync: {} around the page cache; writeback (default), writethrough, unsafe: through it"
 _PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
 
 
@@ -33,17 +34,13 @@ class Source:
 
     name: str
     format: str | None = None
-    offset: int = 0
-    size_bytes: int | None = None
     secret: str | None = None
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """``--image-opts``, ``-T`` and ``-U``, for subcommands that read images."""
     parser.add_argument("--image-opts", action="store_true", help="images are given as driver=...,file.filename=...")
-    parser.add_argument(
-        "-T", dest="source_cache", choices=("none", "writeback", "writethrough", "directsync", "unsafe"), help=_CACHE_HELP
-    )
+    parser.add_argument("-T", dest="source_cache", choices=CACHES, help=CACHE_HELP.format("read"))
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
 
 
@@ -100,16 +97,9 @@ def _described(options: dict[str, str], text: str) -> Source:
         name = _nbd_uri(options, shown)
     else:
         raise Unsupported(shown, f"the protocol {protocol!a}; here are file, host_device and nbd")
-    numbers = {key: _number(options.pop(key), key) for key in ("offset", "size") if driver == "raw" and key in options}
     if options:
         raise Unsupported(shown, f"the option {sorted(options)[0]!a}")
-    return Source(name, driver, numbers.get("offset", 0), numbers.get("size"), secret)
-
-
-def _number(text: str, name: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise Invalid(f"Parameter '{name}' expects a number")
-    return int(text)
+    return Source(name, driver, secret)
 
 
 def _nbd_uri(options: dict[str, str], shown: str) -> str:
@@ -138,14 +128,12 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         raise Invalid("--image-opts and --format are mutually exclusive")
     source = parse_source(text, image_opts=image_opts)
     if source.name.startswith(_PROTOCOLS):
-        return _open_nbd(source, format_name)
+        return _open_nbd(source, format_name, snapshot)
     from cowfence.chain import open_chain
 
     chosen = source.format or format_name
     if chosen is None:
         chosen = looked_at(source.name)
-    if source.offset or source.size_bytes is not None:
-        raise Unsupported(printable(text), "the options offset and size of raw files")
     if chosen not in _FORMATS:
         raise Unsupported(printable(source.name), f"the format {chosen!a}; here are {', '.join(_FORMATS)}")
     secrets = secrets_of(arguments)
@@ -164,10 +152,12 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
     )
 
 
-def _open_nbd(source: Source, format_name: str | None) -> Disk:
+def _open_nbd(source: Source, format_name: str | None, snapshot: str | None) -> Disk:
     from cowfence.nbd.client import NbdDisk
 
     chosen = source.format or format_name
     if chosen not in (None, "raw"):
         raise Unsupported(source.name, f"the format {chosen} behind NBD; let the server read it")
+    if snapshot is not None:
+        raise Invalid(f"{printable(source.name)}: an internal snapshot is read from a qcow2 image, not from an NBD export")
     return NbdDisk(source.name)

@@ -6,12 +6,20 @@ publisher fences it before it gets its name.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from cowfence.errors import Invalid
 from cowfence.qcow2.entries import BITMAP_SHIFT, COPIED, WORD_MASK, whole, zeroed
-from cowfence.qcow2.extensions import Autoclear, Compatible, Extension, ExtensionType, Incompatible, default_feature_names
+from cowfence.qcow2.extensions import (
+    Autoclear,
+    Compatible,
+    EncryptionPointer,
+    Extension,
+    ExtensionType,
+    Incompatible,
+    default_feature_names,
+    encode_encryption,
+)
 from cowfence.qcow2.geometry import (
     MAX_BACKING_NAME_BYTES,
     MAX_CLUSTER_BITS,
@@ -147,8 +155,7 @@ def header_of(
         incompatible |= Incompatible.DATA_FILE
         extensions.append(Extension(ExtensionType.DATA_FILE_NAME, wanted.data_file.encode("utf-8", "surrogateescape")))
     if wanted.luks_area is not None:
-        pointer = struct.pack(">QQ", luks_offset, len(wanted.luks_area))
-        extensions.append(Extension(ExtensionType.ENCRYPTION, pointer))
+        extensions.append(encode_encryption(EncryptionPointer(luks_offset, len(wanted.luks_area))))
     if wanted.version >= 3:
         names = default_feature_names()
         # The table is optional; a small cluster has no room for it beside the backing file's name.

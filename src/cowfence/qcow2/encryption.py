@@ -20,15 +20,14 @@ free       RECLAIM  the old clusters                                            
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cowfence.errors import Corrupt, Invalid, Unsupported
 from cowfence.qcow2.alteration import Alteration
-from cowfence.qcow2.extensions import EncryptionPointer, ExtensionType
+from cowfence.qcow2.extensions import EncryptionPointer, ExtensionType, encode_encryption
 from cowfence.qcow2.header import CRYPT_LUKS, CRYPT_NONE, Header
 from cowfence.qcow2.header_change import switch_header, with_extension
 from cowfence.qcow2.state import State
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 Secrets: TypeAlias = Callable[[str], Sequence[bytes]]
 """(name of an image's file) -> passphrases that may open it, tried in turn. May raise what the caller's way to them raises."""
-
-_POINTER: Final = struct.Struct(">QQ")
 
 
 class DataCipher(Protocol):
@@ -86,7 +83,8 @@ class _Locked:
 def data_cipher(storage: Storage, header: Header, secrets: Secrets | None) -> DataCipher | None:
     """What enciphers the data of an image; None where it is not encrypted. Without a secret that is refused when it is used.
 
-    Raises Invalid (no passphrase fits), Corrupt (the LUKS header), Unsupported (a cipher that is not known here).
+    Raises Invalid (no passphrase fits; several for the legacy method, which cannot try them), Corrupt (the LUKS header),
+    Unsupported (a cipher that is not known here).
     """
     if header.crypt_method == CRYPT_NONE:
         return None
@@ -95,6 +93,9 @@ def data_cipher(storage: Storage, header: Header, secrets: Secrets | None) -> Da
     if header.crypt_method != CRYPT_LUKS:
         if not given:
             return _Locked(name)
+        if len(set(given)) > 1:
+            # Nothing in such an image tells a wrong passphrase from the right one: a guess would spoil what is written.
+            raise Invalid(f"{name}: {len(given)} secrets were given; legacy encryption cannot tell which is its own")
         from cowfence.codec.sectors import legacy_cipher
 
         return _Unlocked(legacy_cipher(given[0]), by_guest=True)
@@ -171,11 +172,6 @@ def new_cipher(area: bytes, secret: bytes, name: str) -> DataCipher:
         luks = parse(area)
         _, key = unlocked(luks, lambda offset, length_bytes: area[offset : offset + length_bytes], [secret], name)
         return _Unlocked(cipher_of(luks, key), by_guest=False)
-
-
-def pointer_extension(offset: int, length_bytes: int) -> bytes:
-    """The data of the extension that leads to the LUKS header."""
-    return _POINTER.pack(offset, length_bytes)
 
 
 # Key slots
@@ -281,7 +277,7 @@ def _replace(alteration: Alteration, old: EncryptionPointer, area: bytes) -> Non
 
 
 def _pointing(now: Header, offset: int, length_bytes: int) -> Header:
-    extensions = with_extension(now, ExtensionType.ENCRYPTION, pointer_extension(offset, length_bytes))
+    extensions = with_extension(now, ExtensionType.ENCRYPTION, encode_encryption(EncryptionPointer(offset, length_bytes)).data)
     return replace(now, extensions=extensions, backing_offset=0)
 
 
