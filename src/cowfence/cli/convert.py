@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-is-zero", action="store_true", help="the existing target reads as zeros (with -n)")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads, 1 to 16 (default: twice the cores)")
+    parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads, 1 to 16 (default: one a core, at least 2)")
     parser.add_argument("-r", "--rate-limit", dest="rate", metavar="SIZE", help="bytes a second at most")
     parser.add_argument("-t", dest="target_cache", metavar="CACHE", help=CACHE_HELP.format("write"))
     parser.add_argument("-W", dest="out_of_order", action="store_true", help="place data as it comes")

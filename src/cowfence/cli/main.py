@@ -95,6 +95,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
 def entry_of(program: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
     """The same under another name, with some of the subcommands."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # numpy's linear algebra, which nothing here uses, would start threads that spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_standard_streams()
     try:
         code = _run(program, commands, words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-Decompressor: TypeAlias = Callable[[bytes, int], bytes]
+Decompressor: TypeAlias = Callable[[bytes | memoryview, int], bytes]
 """(compressed bytes with padding behind them, cluster size in bytes) -> exactly one cluster. Raises ValueError."""
 
 Compressor: TypeAlias = Callable[[bytes], bytes]

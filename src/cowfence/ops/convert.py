@@ -75,8 +75,9 @@ class How:
     """How a disk is converted; the defaults are qemu-img's.
 
     ``sparse_bytes``: so many zeros in a row, at least, become a hole of a raw target (a qcow2 target has holes of whole
-    clusters); 0: none do. ``threads``: default twice the cores, at most 16. ``in_order``: data stands in the file in the order
-    of the disk. ``rate_bytes``: at most so many a second are written. ``salvage``: what cannot be read becomes zeros.
+    clusters); 0: none do. ``threads``: default one a core, at least 2 and at most 16. ``in_order``: data stands in the file
+    in the order of the disk. ``rate_bytes``: at most so many a second are written. ``salvage``: what cannot be read becomes
+    zeros.
     ``target_is_zero``: an existing target reads as zeros already.
     """
 
@@ -443,7 +444,7 @@ class _Work:
         return tuple(sorted(self._unreadable))
 
     def run(self, sink: _Sink) -> None:
-        threads = self._how.threads or min(16, 2 * (os.cpu_count() or 1))
+        threads = self._how.threads or min(16, max(2, os.cpu_count() or 1))
         in_order = self._how.in_order
         under_way: set[Future[tuple[int, int]]] = set()
         with ThreadPoolExecutor(threads, thread_name_prefix="cowfence-convert") as pool:

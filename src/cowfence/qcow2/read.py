@@ -1,7 +1,7 @@
 """The read path: guest bytes from data clusters, compressed clusters, zeros and the backing file.
 
 A read is planned under the lock and tried there with ``wait=False``: what the page cache holds is served at once. What is
-cold is read outside the lock, under a ticket that keeps its host clusters from being reused before it has ended.
+cold, or long, is read outside the lock, under a ticket that keeps its host clusters from being reused before it has ended.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ class Reads:
                 self._enter(offset, len(view), wait=wait)
                 try:
                     plan = list(runs(state, offset, len(view), wait=tries > 2))
-                    self.fill(plan, offset, view, wait=False)
-                    return
+                    # What is long would only keep the others from the lock.
+                    if not wait or len(view) < _LONG_READ_BYTES:
+                        self.fill(plan, offset, view, wait=False)
+                        return
+                    warm: Callable[[], object] | None = None
                 except Cold as cold:
-                    warm: Callable[[], object] | None = cold.warm
+                    warm = cold.warm
                 except WouldBlock:
                     warm = None
                 if not wait:
@@ -149,7 +152,7 @@ class Reads:
         if not got:
             raise Corrupt(where, "it lies past the end of the file")
         try:
-            return self._decompress(bytes(data[:got]), state.geometry.cluster_bytes)
+            return self._decompress(memoryview(data)[:got], state.geometry.cluster_bytes)
         except ValueError as bad:
             raise Corrupt(where, str(bad)) from None
 
