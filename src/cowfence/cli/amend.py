@@ -13,6 +13,7 @@ from cowfence.cli.create_options import wants_help
 from cowfence.cli.encrypt_options import iter_time
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
 from cowfence.disk.opener import check_name, printable
 from cowfence.errors import Invalid, Unsupported
@@ -51,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...", help="what to change; -o help"
     )
-    parser.add_argument("-p", "--progress", action="store_true", help="accepted, as by qemu-img")
+    add_progress_option(parser)
     parser.add_argument("--force", action="store_true", help="erase the last key, or overwrite one in use, too")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
@@ -78,13 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if source_format(arguments, image) != "qcow2":
         raise Unsupported(printable(image), "Format driver 'raw' does not support option amendment")
-    done = amend(
-        image,
-        _parse(arguments),
-        refs=references(arguments, image),
-        assume_backing_format=arguments.assume_backing_format,
-        secrets=secrets_of(arguments),
-    )
+    changes = _parse(arguments)
+    with shown(arguments):
+        done = amend(
+            image,
+            changes,
+            refs=references(arguments, image),
+            assume_backing_format=arguments.assume_backing_format,
+            secrets=secrets_of(arguments),
+        )
     if arguments.output == "json":
         print_json(done.to_dict())
     return 0

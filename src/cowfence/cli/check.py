@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.main import add_output_option, complain, one_line, print_json
-from cowfence.cli.progress import shown
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.errors import Invalid
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-r", dest="repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far the check is")
+    add_progress_option(parser)
     parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
     add_output_option(parser)
     parser.add_argument("image")
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if mode is not None and arguments.force_share:
         raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
     try:
-        with shown(arguments.progress and not arguments.quiet) as progress:
+        with shown(arguments) as progress:
             result = check(
                 arguments.image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress
             )

@@ -6,7 +6,7 @@ import argparse
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
-from cowfence.cli.progress import shown
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
 
@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
     parser.add_argument("-b", dest="base", metavar="FILE", help="the backing file to write to (default: the first); implies -d")
     parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the image afterwards")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
     add_reference_options(parser)
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     image = arguments.image
     if source_format(arguments, image) != "qcow2":
         raise Invalid("Image does not have a backing file")
-    with shown(arguments.progress and not arguments.quiet) as progress:
+    with shown(arguments) as progress:
         done = commit(
             image,
             base=arguments.base,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json
-from cowfence.cli.progress import shown
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.secrets import add_secret_options
 from cowfence.cli.sources import add_source_options, open_source
 from cowfence.disk.base import Disk
@@ -19,7 +19,7 @@ _CANNOT_OPEN, _CANNOT_READ = 2, 4
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", metavar="FORMAT", help="format of the first image")
     parser.add_argument("-F", dest="second_format", metavar="FORMAT", help="format of the second image")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation have to be the same, too")
     add_source_options(parser)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             disk.close()
         return complain(arguments, str(error), _CANNOT_OPEN)
     try:
-        with shown(arguments.progress and not arguments.quiet) as progress:
+        with shown(arguments) as progress:
             found = compare(disks[0], disks[1], strict=arguments.strict, progress=progress)
     except CowfenceError as error:
         return complain(arguments, str(error), _CANNOT_READ)

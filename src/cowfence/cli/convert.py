@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
-from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references, size_bytes
-from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
-from cowfence.cli.sources import CACHE_HELP, CACHES, add_source_options, open_source
+from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, size_bytes
+from cowfence.cli.progress import add_progress_option, shown_bytes
+from cowfence.cli.secrets import add_secret_options, secret_named
+from cowfence.cli.sources import CACHE_HELP, CACHES, PROTOCOLS, add_source_options, open_source, open_target
+from cowfence.codec import Effort
 from cowfence.disk.base import Disk
 from cowfence.disk.joined import JoinedDisk
+from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
-from cowfence.ops.convert import Converted, How, Progress, convert_disk, convert_into
+from cowfence.ops.convert import (
+    Converted,
+    How,
+    Opener,
+    Progress,
+    convert_disk,
+    convert_into,
+    convert_to_pipe,
+    measure_conversion,
+)
 from cowfence.qcow2.image import Qcow2Disk
 from cowfence.units import KIB, parse_size
 
-_SHOWN_EACH_SECONDS = 0.1
+if TYPE_CHECKING:
+    from cowfence.qcow2.describe import JsonValue
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +46,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="convert this internal snapshot, by id or name")
     parser.add_argument("-n", dest="existing", action="store_true", help="the target exists; write into it")
     parser.add_argument("--target-is-zero", action="store_true", help="the existing target reads as zeros (with -n)")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads, 1 to 16 (default: one a core, at least 2)")
     parser.add_argument("-r", "--rate-limit", dest="rate", metavar="SIZE", help="bytes a second at most")
     parser.add_argument("-t", dest="target_cache", metavar="CACHE", help=CACHE_HELP.format("write"))
     parser.add_argument("-W", dest="out_of_order", action="store_true", help="place data as it comes")
     parser.add_argument("-S", dest="sparse", metavar="SIZE", help="zeros that make a hole (default: 4k; 0: none)")
+    parser.add_argument(
+        "--effort",
+        type=Effort,
+        choices=list(Effort),
+        default=Effort.FAST,
+        metavar="EFFORT",
+        help="of the compressor: fastest, fast (default), good, best",
+    )
+    parser.add_argument("--verify", action="store_true", help="read the new image back and compare, before it gets its name")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; tell what the image would take")
+    parser.add_argument("--target-image-opts", action="store_true", help="the target is driver=...,file.filename=... (with -n)")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning")
     parser.add_argument("--bitmaps", action="store_true", help="copy the persistent bitmaps, too (qcow2)")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="leave out bitmaps that are not to be trusted")
@@ -58,21 +81,44 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     how = _how(arguments)
     *sources, target = arguments.names
-    shows = arguments.progress and not arguments.quiet
+    _check_combinations(arguments, target)
     disk = _opened(arguments, sources)
+    found: dict[str, JsonValue] = {}
     try:
-        converted = _convert(arguments, disk, ", ".join(sources), target, how, _shown() if shows else None)
-        if arguments.bitmaps:
-            _copy_bitmaps(arguments, disk, target)
+        with shown_bytes(arguments, to_stdout=target != "-") as progress:
+            converted, file_bytes = _convert(arguments, disk, ", ".join(sources), target, how, progress)
     finally:
         disk.close()
-    if shows:
-        print()
     for offset, why in converted.unreadable:
         complain(arguments, f"warning: error while reading offset {offset}: {why}")
+    if arguments.dry_run:
+        found = {"dry-run": True, "file-size": file_bytes}
+        if arguments.output == "human" and not arguments.quiet:
+            print(f"{target}: {file_bytes} bytes would be written for {converted.data_bytes} bytes of data; nothing was")
     if arguments.output == "json":
-        print_json(converted.to_dict())
+        print_json(converted.to_dict() | found)
     return 0
+
+
+def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
+    """What does not go together. Raises Invalid, Unsupported."""
+    if target == "-":
+        for given, option in (
+            (arguments.existing, "-n"),
+            (arguments.bitmaps, "--bitmaps"),
+            (arguments.verify, "--verify"),
+            (arguments.output == "json", "--output=json"),
+        ):
+            if given:
+                raise Invalid(f"{option} and a target of - (standard output) do not go together")
+        if not arguments.dry_run and sys.stdout.isatty():
+            raise Invalid("standard output is a terminal; an image is not written there")
+    if arguments.target_image_opts and not arguments.existing:
+        raise Invalid("--target-image-opts requires use of -n flag")
+    if arguments.existing and (arguments.verify or arguments.dry_run):
+        raise Unsupported("-n", f"{'--verify' if arguments.verify else '--dry-run'} with an existing target")
+    if arguments.existing and arguments.bitmaps and target.startswith(PROTOCOLS):
+        raise Invalid("Format driver does not support bitmaps")
 
 
 def _how(arguments: argparse.Namespace) -> How:
@@ -101,6 +147,7 @@ def _how(arguments: argparse.Namespace) -> How:
         rate_bytes=None if arguments.rate is None else size_bytes(arguments.rate),
         salvage=arguments.salvage,
         target_is_zero=arguments.target_is_zero,
+        effort=arguments.effort,
     )
 
 
@@ -125,65 +172,69 @@ def _opened(arguments: argparse.Namespace, names: list[str]) -> Disk:
 
 def _convert(
     arguments: argparse.Namespace, disk: Disk, source: str, target: str, how: How, progress: Progress | None
-) -> Converted:
-    if not arguments.existing:
-        given = parse_options(arguments.options, target)
-        given.take("backing_file", arguments.backing, "the backing file")
-        given.take("backing_fmt", arguments.backing_format, "the backing format")
-        options = given.create_options(arguments.target_format, partial(secret_named, arguments))
-        direct = arguments.target_cache in ("none", "directsync")
-        return convert_disk(disk, source, target, options, how, direct=direct, progress=progress)
-    import cowfence
-
-    existing = cowfence.open(
+) -> tuple[Converted, int]:
+    """What was done, and with ``--dry-run`` the length that the file would have."""
+    if arguments.existing:
+        return _convert_into(arguments, disk, source, target, how, progress), 0
+    given = parse_options(arguments.options, target)
+    given.take("backing_file", arguments.backing, "the backing file")
+    given.take("backing_fmt", arguments.backing_format, "the backing format")
+    options = given.create_options(arguments.target_format, partial(secret_named, arguments))
+    if arguments.dry_run:
+        return measure_conversion(disk, source, target, options, how, progress=progress)
+    if target == "-":
+        return convert_to_pipe(disk, source, sys.stdout.fileno(), options, how, progress=progress), 0
+    converted = convert_disk(
+        disk,
+        source,
         target,
-        format=arguments.target_format,
-        writable=True,
-        refs=references(arguments, target),
+        options,
+        how,
         direct=arguments.target_cache in ("none", "directsync"),
-        secret=secrets_of(arguments),
+        progress=progress,
+        before_publishing=partial(_complete, arguments, disk, target),
     )
+    return converted, 0
+
+
+def _convert_into(
+    arguments: argparse.Namespace, disk: Disk, source: str, target: str, how: How, progress: Progress | None
+) -> Converted:
+    existing, format_name = open_target(target, arguments)
     try:
-        return convert_into(disk, source, existing, target, arguments.target_format, how, progress=progress)
+        converted = convert_into(disk, source, existing, target, format_name, how, progress=progress)
+        if arguments.bitmaps:
+            _copy_bitmaps(arguments, disk, existing)
     finally:
         existing.close()
+    return converted
 
 
-def _copy_bitmaps(arguments: argparse.Namespace, disk: Disk, target: str) -> None:
+def _complete(arguments: argparse.Namespace, disk: Disk, target: str, opened: Opener) -> None:
+    """What remains to be done with an image that has no name yet. Raises Invalid where it does not hold what it should."""
+    if arguments.bitmaps:
+        with opened(True) as made:
+            _copy_bitmaps(arguments, disk, made)
+    if arguments.verify:
+        from cowfence.ops.compare import compare
+
+        with opened(False) as made:
+            found = compare(disk, made)
+        if not found.identical:
+            raise Invalid(f"{printable(target)}: what was written differs from the source at offset {found.mismatch_offset}")
+
+
+def _copy_bitmaps(arguments: argparse.Namespace, disk: Disk, made: Disk) -> None:
     """The bitmaps of the source, into the image that was made. Raises Invalid where there can be none."""
-    import cowfence
-
-    if not isinstance(disk, Qcow2Disk):
+    if not isinstance(disk, Qcow2Disk) or not isinstance(made, Qcow2Disk):
         raise Invalid("Format driver does not support bitmaps")
-    with cowfence.open(target, writable=True, secret=secrets_of(arguments)) as made:
-        for bitmap in list(disk.bitmaps):
-            if bitmap.inconsistent:
-                if not arguments.skip_broken_bitmaps:
-                    raise Invalid(f"Cannot copy inconsistent bitmap '{bitmap.name}'; use --skip-broken-bitmaps")
-                complain(arguments, f"warning: Skipping inconsistent bitmap '{bitmap.name}'")
-                continue
-            made.bitmaps.add(bitmap.name, granularity_bytes=bitmap.granularity_bytes)
-            made.bitmaps.merge(bitmap.name, [disk.bitmaps.bits_of(bitmap.name)])
-            if not bitmap.enabled:
-                made.bitmaps.disable(bitmap.name)
-
-
-def _shown() -> Callable[[int, int], None]:
-    """qemu-img's line; on a terminal with the rate and the time that is left."""
-    began = last = time.monotonic()
-    terminal = sys.stdout.isatty()
-
-    def show(done: int, size: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _SHOWN_EACH_SECONDS and done < size:
-            return
-        last = now
-        share = done / size if size else 1.0
-        text = f"    ({share * 100:.2f}/100%)"
-        if terminal and done and now > began:
-            rate = done / (now - began)
-            text += f"  {rate / (1 << 20):,.0f} MiB/s  {(size - done) / rate:.0f} s left "
-        print(text, end="\r", flush=True)
-
-    return show
+    for bitmap in list(disk.bitmaps):
+        if bitmap.inconsistent:
+            if not arguments.skip_broken_bitmaps:
+                raise Invalid(f"Cannot copy inconsistent bitmap '{bitmap.name}'; use --skip-broken-bitmaps")
+            complain(arguments, f"warning: Skipping inconsistent bitmap '{bitmap.name}'")
+            continue
+        made.bitmaps.add(bitmap.name, granularity_bytes=bitmap.granularity_bytes)
+        made.bitmaps.merge(bitmap.name, [disk.bitmaps.bits_of(bitmap.name)])
+        if not bitmap.enabled:
+            made.bitmaps.disable(bitmap.name)

@@ -9,7 +9,7 @@ import argparse
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
-from cowfence.cli.progress import shown
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", dest="backing", metavar="FILE", help="the new backing file, as the image shall name it")
     parser.add_argument("-F", dest="backing_format", metavar="FORMAT", help="its format: qcow2, raw or luks")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="change the name only: the disk may be another one then")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_output_option(parser)
     add_reference_options(parser)
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("Must specify backing file (-b) or use unsafe mode (-u)")
     if source_format(arguments, image) != "qcow2":
         raise Unsupported(printable(image), "a backing file below a raw image")
-    with shown(arguments.progress and not arguments.quiet) as progress:
+    with shown(arguments) as progress:
         done = rebase(
             image,
             arguments.backing or None,

@@ -17,7 +17,7 @@ from cowfence.cli.formats import looked_at
 from cowfence.cli.main import references
 from cowfence.cli.secrets import secret_named, secrets_of
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, Unsupported
+from cowfence.errors import Invalid, ReadOnly, Unsupported
 
 if TYPE_CHECKING:
     from cowfence.disk.base import Disk
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FORMATS: Final = ("qcow2", "raw", "luks")
 CACHES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
 CACHE_HELP: Final = "none or directsync: {} around the page cache; writeback (default), writethrough, unsafe: through it"
-_PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
+PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
     if image_opts and format_name is not None:
         raise Invalid("--image-opts and --format are mutually exclusive")
     source = parse_source(text, image_opts=image_opts)
-    if source.name.startswith(_PROTOCOLS):
+    if source.name.startswith(PROTOCOLS):
         return _open_nbd(source, format_name, snapshot)
     from cowfence.chain import open_chain
 
@@ -150,6 +150,34 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         snapshot=snapshot,
         direct=getattr(arguments, "source_cache", None) in ("none", "directsync"),
     )
+
+
+def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
+    """The existing disk that ``text`` names, for writing, and its format: that of ``-O``, or what ``--target-image-opts`` says.
+    Raises as ``open_source`` does, and ReadOnly for an export that is."""
+    target = parse_source(text, image_opts=arguments.target_image_opts)
+    format_name = target.format or ("raw" if arguments.target_image_opts else arguments.target_format)
+    if target.name.startswith(PROTOCOLS):
+        disk = _open_nbd(target, format_name, None)
+        if not disk.writable:
+            disk.close()
+            raise ReadOnly(f"{printable(target.name)}: the server exports it read-only")
+        return disk, "raw"
+    import cowfence
+
+    secrets = secrets_of(arguments)
+    if target.secret is not None:
+        value = secret_named(arguments, target.secret)
+        secrets = lambda _: [value]  # noqa: E731
+    disk = cowfence.open(
+        target.name,
+        format=format_name,
+        writable=True,
+        refs=references(arguments, target.name),
+        direct=arguments.target_cache in ("none", "directsync"),
+        secret=secrets,
+    )
+    return disk, format_name
 
 
 def _open_nbd(source: Source, format_name: str | None, snapshot: str | None) -> Disk:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from cowfence.codec.base import Effort as Effort
+
 Decompressor: TypeAlias = Callable[[bytes | memoryview, int], bytes]
 """(compressed bytes with padding behind them, cluster size in bytes) -> exactly one cluster. Raises ValueError."""
 
@@ -12,15 +14,15 @@ Compressor: TypeAlias = Callable[[bytes], bytes]
 """One cluster -> its stream, which may be longer than the cluster."""
 
 
-def compressor(compression_type: int, level: int | None = None) -> Compressor:
-    """The compressor of a header's compression type. ``level``: its library's; None: a fast one."""
+def compressor(compression_type: int, effort: Effort = Effort.FAST) -> Compressor:
+    """The compressor of a header's compression type."""
     if compression_type == 0:
         from cowfence.codec.deflate import deflater
 
-        return deflater(level)
+        return deflater(effort)
     from cowfence.codec.zstd import compressor as zstd_compressor
 
-    return zstd_compressor(level)
+    return zstd_compressor(effort)
 
 
 def decompressor(compression_type: int) -> Decompressor:

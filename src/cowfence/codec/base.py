@@ -1,13 +1,23 @@
-"""What the codecs share: one error, whatever the library underneath raises, and the hash functions by name."""
+"""What the codecs share: one error, whatever the library underneath raises; how hard to try; the hash functions by name."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any, Final
 
 _HASHES: Final = ("md5", "ripemd160", "sha1", "sha224", "sha256", "sha384", "sha512")
 """Those that LUKS headers name."""
+
+
+class Effort(StrEnum):
+    """How much work a compressor puts into a cluster."""
+
+    FASTEST = "fastest"
+    FAST = "fast"
+    GOOD = "good"
+    BEST = "best"
 
 
 class CodecError(ValueError):

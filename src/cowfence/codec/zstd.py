@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from cowfence.codec.base import CodecError, check_length
+from cowfence.codec.base import CodecError, Effort, check_length
 
 if sys.version_info >= (3, 14):
     from compression import zstd as _zstd
@@ -25,15 +25,18 @@ _MAX_WINDOW_LOG = 23
 _OPTIONS = {int(_zstd.DecompressionParameter.window_log_max): _MAX_WINDOW_LOG}
 
 
-def compressor(level: int | None = None) -> Callable[[bytes], bytes]:
-    """What makes the frame of a cluster; each thread has a context of its own. ``level``: zstd's (default 2, which is a third
-    faster than its own default, for a file that is one part in a hundred larger)."""
+_LEVELS = {Effort.FASTEST: 1, Effort.FAST: 2, Effort.GOOD: 6, Effort.BEST: 15}
+"""FAST is a third faster than the library's own default, 3, for a file that is one part in a hundred larger."""
+
+
+def compressor(effort: Effort = Effort.FAST) -> Callable[[bytes], bytes]:
+    """What makes the frame of a cluster; each thread has a context of its own."""
     held = threading.local()
 
     def compress(cluster: bytes) -> bytes:
         context: _zstd.ZstdCompressor | None = getattr(held, "context", None)
         if context is None:
-            context = held.context = _zstd.ZstdCompressor(2 if level is None else level)
+            context = held.context = _zstd.ZstdCompressor(_LEVELS[effort])
         return context.compress(cluster, context.FLUSH_FRAME)
 
     return compress

@@ -256,10 +256,16 @@ def write_empty(storage: FileStorage, settled: CreateOptions, data: FileStorage 
         assert settled.size_bytes is not None  # since settle
         data.truncate(settled.size_bytes, "create.size")
     for file in (storage, data):
-        if file is not None and settled.preallocation in ("falloc", "full"):
-            _reserve(file)
-        if file is not None and settled.preallocation == "full":
-            _fill_holes(file)
+        if file is not None:
+            preallocate(file, settled.preallocation)
+
+
+def preallocate(storage: FileStorage, preallocation: str) -> None:
+    """Reserve the host's space for a whole file ("falloc"), and write it ("full"); else nothing. Raises NoSpace."""
+    if preallocation in ("falloc", "full"):
+        _reserve(storage)
+    if preallocation == "full":
+        _fill_holes(storage)
 
 
 def _reserve(storage: FileStorage) -> None:

@@ -103,6 +103,11 @@ class NewFile:
             os.close(fd)
         return FileStorage.open(partial, writable=True, direct=direct)
 
+    @property
+    def path_now(self) -> str:
+        """Where the file stands as long as it is not published."""
+        return self._partial or self._target
+
     def publish(self) -> None:
         """Make the file durable and give it its final name. Raises ``StorageFailed``; the old file is then still there
         (unless only the fence of the directory failed: then the new one is, but may not survive a power cut).
