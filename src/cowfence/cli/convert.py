@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 import sys
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,7 @@ from cowfence.codec import Effort
 from cowfence.disk.base import Disk
 from cowfence.disk.joined import JoinedDisk
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, Unsupported
+from cowfence.errors import Invalid, NotThisFormat, Unsupported
 from cowfence.ops.convert import (
     Converted,
     How,
@@ -24,13 +27,18 @@ from cowfence.ops.convert import (
     Progress,
     convert_disk,
     convert_into,
+    convert_stream,
     convert_to_pipe,
     measure_conversion,
+    spooled,
+    takes_stream,
 )
+from cowfence.ops.streams import Pipe, Qcow2Stream, RawStream
 from cowfence.qcow2.image import Qcow2Disk
 from cowfence.units import KIB, parse_size
 
 if TYPE_CHECKING:
+    from cowfence.ops.create import CreateOptions
     from cowfence.qcow2.describe import JsonValue
 
 
@@ -63,6 +71,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read the new image back and compare, before it gets its name")
     parser.add_argument("--dry-run", action="store_true", help="write nothing; tell what the image would take")
+    parser.add_argument(
+        "--spool-limit",
+        metavar="SIZE",
+        default="1G",
+        help="of a qcow2 image in a pipe: keep so much aside at most (default: 1G)",
+    )
     parser.add_argument("--target-image-opts", action="store_true", help="the target is driver=...,file.filename=... (with -n)")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning")
     parser.add_argument("--bitmaps", action="store_true", help="copy the persistent bitmaps, too (qcow2)")
@@ -82,8 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     how = _how(arguments)
     *sources, target = arguments.names
     _check_combinations(arguments, target)
+    if "-" in sources:
+        return _from_pipe(arguments, sources, target, how)
     disk = _opened(arguments, sources)
-    found: dict[str, JsonValue] = {}
     try:
         with shown_bytes(arguments, to_stdout=target != "-") as progress:
             converted, file_bytes = _convert(arguments, disk, ", ".join(sources), target, how, progress)
@@ -91,13 +106,61 @@ def run(arguments: argparse.Namespace) -> int:
         disk.close()
     for offset, why in converted.unreadable:
         complain(arguments, f"warning: error while reading offset {offset}: {why}")
+    _report(arguments, converted, target, file_bytes)
+    return 0
+
+
+def _report(arguments: argparse.Namespace, converted: Converted, target: str, file_bytes: int) -> None:
+    found: dict[str, JsonValue] = {}
     if arguments.dry_run:
         found = {"dry-run": True, "file-size": file_bytes}
         if arguments.output == "human" and not arguments.quiet:
             print(f"{target}: {file_bytes} bytes would be written for {converted.data_bytes} bytes of data; nothing was")
     if arguments.output == "json":
         print_json(converted.to_dict() | found)
+
+
+def _from_pipe(arguments: argparse.Namespace, sources: list[str], target: str, how: How) -> int:
+    """The source is standard input. Where the target cannot be made of what comes once, by way of a temporary file."""
+    for given, option in (
+        (len(sources) > 1, "several sources"),
+        (arguments.snapshot is not None, "-l"),
+        (arguments.image_opts, "--image-opts"),
+        (arguments.bitmaps, "--bitmaps"),
+        (arguments.backing is not None, "-B"),
+        (arguments.salvage, "--salvage"),
+        (arguments.force_share, "-U"),
+        (arguments.source_cache is not None, "-T"),
+    ):
+        if given:
+            raise Invalid(f"{option} and a source of - (standard input) do not go together")
+    if stat.S_ISREG(os.fstat(0).st_mode):
+        return run(argparse.Namespace(**(vars(arguments) | {"names": ["/dev/stdin", target]})))
+    stream = _stream(arguments)
+    with shown_bytes(arguments, to_stdout=target != "-") as progress, ExitStack() as stack:
+        if not (arguments.existing or arguments.dry_run or arguments.verify or target == "-"):
+            options = _options(arguments, target)
+            if takes_stream(stream, options):
+                direct = arguments.target_cache in ("none", "directsync")
+                converted = convert_stream(stream, "-", target, options, how, direct=direct, progress=progress)
+                _report(arguments, converted, target, 0)
+                return 0
+        disk = stack.enter_context(spooled(stream, how))
+        converted, file_bytes = _convert(arguments, disk, "-", target, how, progress)
+    _report(arguments, converted, target, file_bytes)
     return 0
+
+
+def _stream(arguments: argparse.Namespace) -> RawStream | Qcow2Stream:
+    pipe = Pipe(0, "standard input")
+    looks_qcow2 = pipe.peek(4) == b"QFI\xfb"
+    if arguments.format not in (None, "qcow2", "raw"):
+        raise Unsupported(pipe.name, f"the format {arguments.format!a} from a pipe")
+    if arguments.format == "raw":
+        return RawStream(pipe)
+    if arguments.format is None and not looks_qcow2:
+        raise NotThisFormat(pipe.name, "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")
+    return Qcow2Stream(pipe, spool_bytes=size_bytes(arguments.spool_limit))
 
 
 def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
@@ -176,10 +239,7 @@ def _convert(
     """What was done, and with ``--dry-run`` the length that the file would have."""
     if arguments.existing:
         return _convert_into(arguments, disk, source, target, how, progress), 0
-    given = parse_options(arguments.options, target)
-    given.take("backing_file", arguments.backing, "the backing file")
-    given.take("backing_fmt", arguments.backing_format, "the backing format")
-    options = given.create_options(arguments.target_format, partial(secret_named, arguments))
+    options = _options(arguments, target)
     if arguments.dry_run:
         return measure_conversion(disk, source, target, options, how, progress=progress)
     if target == "-":
@@ -195,6 +255,13 @@ def _convert(
         before_publishing=partial(_complete, arguments, disk, target),
     )
     return converted, 0
+
+
+def _options(arguments: argparse.Namespace, target: str) -> CreateOptions:
+    given = parse_options(arguments.options, target)
+    given.take("backing_file", arguments.backing, "the backing file")
+    given.take("backing_fmt", arguments.backing_format, "the backing format")
+    return given.create_options(arguments.target_format, partial(secret_named, arguments))
 
 
 def _convert_into(

@@ -8,8 +8,9 @@ two passes over the source, because the tables, which come first, tell where the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -22,8 +23,10 @@ from cowfence.errors import Invalid, NoSpace, Unsupported
 from cowfence.ops.create import CreateOptions, backing_size, data_path, new_file, preallocate, settle, write_empty
 from cowfence.ops.pieces import DiskSupply, How, Progress, Sink, Work
 from cowfence.ops.sinks import DiskSink, QcowSink, RawSink
+from cowfence.ops.streams import Qcow2Stream, RawStream
 from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.image import Qcow2Disk
+from cowfence.storage.file import FileStorage
 from cowfence.storage.pipe import Nowhere, PipeWriter
 from cowfence.storage.publish import NewFile
 
@@ -38,8 +41,11 @@ __all__ = [
     "convert",
     "convert_disk",
     "convert_into",
+    "convert_stream",
     "convert_to_pipe",
     "measure_conversion",
+    "spooled",
+    "takes_stream",
 ]
 
 _BESIDE_US = os.path.join(os.curdir, "-")
@@ -129,6 +135,19 @@ def convert_disk(
     settled = settle(target, replace(options, size_bytes=disk.size))
     supply = DiskSupply(disk, how, below_bytes=_below_bytes(target, settled))
     work = Work(supply, how, progress)
+    _into_new(work, target, settled, how, direct=direct, before_publishing=before_publishing)
+    return _converted(source, os.fspath(target), options.format, supply, work)
+
+
+def _into_new(
+    work: Work,
+    target: str | os.PathLike[str],
+    settled: CreateOptions,
+    how: How,
+    *,
+    direct: bool,
+    before_publishing: Callable[[Opener], None] | None = None,
+) -> None:
     with ExitStack() as files:
         new = files.enter_context(NewFile(target, direct=direct))
         data = None if settled.data_file is None else new_file(files, data_path(target, settled.data_file))
@@ -142,7 +161,6 @@ def convert_disk(
         if data is not None:
             data.publish()
         new.publish()
-    return _converted(source, os.fspath(target), options.format, supply, work)
 
 
 def _open_made(new: NewFile, data: NewFile | None, settled: CreateOptions, writable: bool) -> Qcow2Disk | RawDisk:
@@ -231,6 +249,55 @@ def _part(progress: Progress | None, number: int) -> Progress | None:
     if progress is None:
         return None
     return lambda done, size: progress((number * size + done) // 2, size)
+
+
+def convert_stream(
+    stream: RawStream | Qcow2Stream,
+    source: str,
+    target: str | os.PathLike[str],
+    options: CreateOptions,
+    how: How | None = None,
+    *,
+    direct: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """As ``convert_disk``, from a disk that comes once. No backing file: what is below it cannot be compared.
+
+    Raises Unsupported where the target wants pieces that are larger than the stream's, or its size beforehand: then it is
+    to be converted in two steps (``spooled``).
+    """
+    how = how or How()
+    _check(how, options, os.fspath(target))
+    if options.backing is not None:
+        raise Unsupported(printable(source), "a backing file of what is converted from a pipe")
+    if not takes_stream(stream, options):
+        raise Unsupported(printable(source), "this target for a pipe")
+    settled = settle(target, replace(options, size_bytes=stream.known_bytes or 0))
+    work = Work(stream, how, progress)
+    _into_new(work, target, settled, how, direct=direct)
+    return Converted(source, os.fspath(target), options.format, stream.size_bytes, work.data_bytes)
+
+
+def takes_stream(stream: RawStream | Qcow2Stream, options: CreateOptions) -> bool:
+    """True if a new image with these options can be made of what comes once: its clusters have to come whole, and its length
+    has to be known where space is allocated for all of it."""
+    if options.format == "raw":
+        return options.preallocation == "off"
+    sized = stream.known_bytes is not None or (options.preallocation == "off" and options.data_file is None)
+    return sized and options.cluster_bytes <= stream.whole_bytes
+
+
+@contextmanager
+def spooled(stream: RawStream | Qcow2Stream, how: How, *, progress: Progress | None = None) -> Iterator[RawDisk]:
+    """The disk of a stream in a temporary file, as long as the block runs. Raises what reading it does, and NoSpace."""
+    with tempfile.TemporaryFile() as file:
+        storage = FileStorage.from_fd(os.dup(file.fileno()), "temporary file", writable=True)
+        Work(stream, replace(how, rate_bytes=None), progress).run(RawSink(storage, how))
+        disk = RawDisk(storage)
+        try:
+            yield disk
+        finally:
+            disk.close()
 
 
 def convert_into(
