@@ -1,5 +1,5 @@
-"""Images that are only read, as qemu-img's users name them: a file, an NBD URI, ``json:{...}``, or (``--image-opts``) a list of
-``key=value``.
+"""Images that are only read, as qemu-img's users name them: a file, an NBD URI, a URL, ``json:{...}``, or (``--image-opts``) a
+list of ``key=value``.
 
 The command line is the user's own word, so a protocol may stand in it; what an image itself names is the policy's business
 (``disk.opener``).
@@ -17,7 +17,8 @@ from cowfence.cli.formats import looked_at
 from cowfence.cli.main import references
 from cowfence.cli.secrets import secret_named, secrets_of
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, ReadOnly, Unsupported
+from cowfence.errors import Invalid, NotThisFormat, ReadOnly, Unsupported
+from cowfence.storage.remote import SCHEMES, is_remote
 
 if TYPE_CHECKING:
     from cowfence.disk.base import Disk
@@ -83,7 +84,7 @@ def _described(options: dict[str, str], text: str) -> Source:
     shown = printable(text)
     driver = options.pop("driver", None)
     protocol = options.pop("file.driver", "file")
-    if driver in ("file", "host_device", "nbd"):
+    if driver in ("file", "host_device", "nbd", *SCHEMES):
         options = {f"file.{name}": value for name, value in options.items()}
         driver, protocol = "raw", driver
     secret = options.pop("encrypt.key-secret", None) or options.pop("key-secret", None)
@@ -95,8 +96,12 @@ def _described(options: dict[str, str], text: str) -> Source:
             raise Invalid(f'{shown}: A block device must be specified for "file"')
     elif protocol == "nbd":
         name = _nbd_uri(options, shown)
+    elif protocol in SCHEMES:
+        name = options.pop("file.url", "")
+        if not is_remote(name):
+            raise Invalid(f"{shown}: a URL must be specified with file.url")
     else:
-        raise Unsupported(shown, f"the protocol {protocol!a}; here are file, host_device and nbd")
+        raise Unsupported(shown, f"the protocol {protocol!a}; here are file, host_device, nbd and {', '.join(SCHEMES)}")
     if options:
         raise Unsupported(shown, f"the option {sorted(options)[0]!a}")
     return Source(name, driver, secret)
@@ -129,6 +134,8 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
     source = parse_source(text, image_opts=image_opts)
     if source.name.startswith(PROTOCOLS):
         return _open_nbd(source, format_name, snapshot)
+    if is_remote(source.name):
+        return _open_remote(source, arguments, format_name, snapshot)
     from cowfence.chain import open_chain
 
     chosen = source.format or format_name
@@ -150,6 +157,39 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         snapshot=snapshot,
         direct=getattr(arguments, "source_cache", None) in ("none", "directsync"),
     )
+
+
+def _open_remote(source: Source, arguments: argparse.Namespace, format_name: str | None, snapshot: str | None) -> Disk:
+    """What is behind a URL. An image there that names other files is refused: nobody knows where those would be."""
+    from cowfence.disk.raw import RawDisk
+    from cowfence.qcow2.describe import probe
+    from cowfence.qcow2.header import read_header
+    from cowfence.qcow2.image import open_image
+    from cowfence.storage.remote import RemoteStorage
+
+    shown = printable(source.name)
+    chosen = source.format or format_name
+    if chosen not in (None, "qcow2", "raw"):
+        raise Unsupported(shown, f"the format {chosen!a} behind a URL")
+    storage = RemoteStorage(source.name)
+    try:
+        if chosen == "raw":
+            if snapshot is not None:
+                raise Invalid(f"{shown}: an internal snapshot is read from a qcow2 image, and never written")
+            return RawDisk(storage)
+        if chosen is None and probe(storage) == "unknown":
+            raise NotThisFormat(shown, "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")
+        header = read_header(storage)
+        if header.backing_name is not None or header.geometry.external_data:
+            raise Unsupported(shown, "a backing file or an external data file of an image behind a URL")
+        secrets = secrets_of(arguments)
+        if source.secret is not None:
+            value = secret_named(arguments, source.secret)
+            secrets = lambda _: [value]  # noqa: E731
+        return open_image(storage, backing=None, writable=False, snapshot=snapshot, secrets=secrets)
+    except BaseException:
+        storage.close()
+        raise
 
 
 def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
