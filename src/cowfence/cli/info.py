@@ -72,10 +72,14 @@ def _human(image: ImageInfo) -> list[str]:
             lines.append(f"backing file format: {_shown(image.backing_format)}")
     if image.snapshots:
         lines.extend(snapshot_lines(image.snapshots))
-    if image.specific is not None:
-        lines.append("Format specific information:")
-        lines.extend(_tree(image.specific.to_dict()["data"], 1))
-    return lines
+    return lines + specific_lines(image)
+
+
+def specific_lines(image: ImageInfo) -> list[str]:
+    """What only this format has."""
+    if image.specific is None:
+        return []
+    return ["Format specific information:", *_tree(image.specific.to_dict()["data"], 1)]
 
 
 def _tree(value: JsonValue, level: int) -> list[str]:

@@ -14,7 +14,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
 from cowfence import __version__
@@ -77,7 +77,7 @@ def _terminal_columns() -> int:
         return 80
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors look like all others: one line ``prog: message``, exit code 1."""
 
     def __init__(self, *, prog: str, description: str) -> None:
@@ -95,11 +95,16 @@ def entry(argv: Sequence[str] | None = None) -> int:
 def entry_of(program: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> int:
     """The same under another name, with some of the subcommands."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return run_program(program, lambda given: _run(program, commands, given), words)
+
+
+def run_program(program: str, run: Callable[[list[str]], int], words: list[str]) -> int:
+    """Run a command line to its exit code: errors that users can cause are one line, whatever the program."""
     # numpy's linear algebra, which nothing here uses, would start threads that spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_standard_streams()
     try:
-        code = _run(program, commands, words)
+        code = run(words)
         # Here, not at exit: a full disk or a closed pipe has to reach the code below.
         sys.stdout.flush()
     except CowfenceError as error:
@@ -119,15 +124,15 @@ def _run(program: str, commands: Mapping[str, str], words: list[str]) -> int:
     if words and words[0] in commands and words[0] not in _WITH_SUBCOMMANDS:
         # Options may stand behind names, as getopt has it.
         name = words[0]
-        alone = _Parser(prog=f"{program} {name}", description=commands[name])
+        alone = Parser(prog=f"{program} {name}", description=commands[name])
         chosen_command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
         chosen_command.configure(alone)
         alone.set_defaults(program=program)
         return chosen_command.run(alone.parse_intermixed_args(words[1:]))
-    parser = _Parser(prog=program, description="A crash-safe QCOW2 engine.")
+    parser = Parser(prog=program, description="A crash-safe QCOW2 engine.")
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     # With `prog` given, argparse need not format the usage now, which would load more of the library.
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser, prog=parser.prog)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser, prog=parser.prog)
     chosen = next((word for word in words if not word.startswith("-")), None)
     command: Command | None = None
     for name, line in commands.items():

@@ -1,0 +1,127 @@
+"""The image that ``cowfence-io`` has open: how it was asked for, and its disk."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from cowfence.cli.formats import looked_at
+from cowfence.cli.secrets import secret_named, secrets_of
+from cowfence.cli.sources import CACHES, PROTOCOLS, parse_source
+from cowfence.disk.opener import Refs
+from cowfence.errors import Invalid, Unsupported
+
+if TYPE_CHECKING:
+    from cowfence.disk.base import Disk
+
+DISCARDS: Final = ("ignore", "off", "unmap", "on")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How an image is to be opened. ``name`` is a list of ``key=value`` where ``described``."""
+
+    name: str
+    format: str | None = None
+    described: bool = False
+    writable: bool = True
+    temporary: bool = False
+    cache: str = "writeback"
+    discard: str = "unmap"
+    force_share: bool = False
+
+
+class Image:
+    """An open image. ``directory`` holds the overlay of ``-s`` as long as it is open."""
+
+    def __init__(self, wish: Wish, arguments: argparse.Namespace) -> None:
+        """Raises as ``cowfence.open`` does, Invalid and Unsupported for what cannot be asked for."""
+        check_cache(wish.cache)
+        if wish.discard not in DISCARDS:
+            raise Invalid(f"Invalid discard option: {wish.discard}")
+        self.wish = wish
+        self.discards = wish.discard in ("unmap", "on")
+        self._arguments = arguments
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        source = parse_source(wish.name, image_opts=wish.described)
+        self.path = source.name
+        self.format = source.format or wish.format
+        if source.name.startswith(PROTOCOLS):
+            self.disk: Disk = self._open_nbd()
+            return
+        if self.format is None:
+            self.format = looked_at(self.path)
+        self._secret = source.secret
+        self.disk = self._open_overlay() if wish.temporary else self._open_file(self.path, self.format)
+
+    def _open_nbd(self) -> Disk:
+        from cowfence.nbd.client import NbdDisk
+
+        if self.format not in (None, "raw") or self.wish.temporary:
+            raise Unsupported(self.path, "a format, or -s, behind NBD; let the server do that")
+        self.format = "raw"
+        return NbdDisk(self.path)
+
+    def _open_file(self, path: str, format_name: str, refs: Refs | None = None) -> Disk:
+        import cowfence
+        from cowfence.qcow2.image import CacheMode
+
+        secrets = secrets_of(self._arguments)
+        if self._secret is not None:
+            value = secret_named(self._arguments, self._secret)
+            secrets = lambda _: [value]  # noqa: E731
+        wish = self.wish
+        opened = partial(
+            cowfence.open,
+            path,
+            format=format_name,
+            writable=wish.writable,
+            refs=refs,
+            direct=wish.cache in ("none", "directsync"),
+            force_share=wish.force_share,
+            secret=secrets,
+        )
+        if format_name != "qcow2":
+            return opened()
+        return opened(mode=CacheMode(_MODES[wish.cache]), discards=self.discards, commit_interval=None)
+
+    def _open_overlay(self) -> Disk:
+        """What is written goes into a file that nobody will see again."""
+        from cowfence.ops.create import CreateOptions, create
+
+        if self.format == "luks":
+            raise Unsupported(self.path, "-s over an encrypted raw image")
+        self._directory = tempfile.TemporaryDirectory(prefix="cowfence-io-")
+        overlay = os.path.join(self._directory.name, "overlay")
+        try:
+            create(overlay, CreateOptions(backing=os.path.abspath(self.path), backing_format=self.format))
+            return self._open_file(overlay, "qcow2", Refs.trust_all())
+        except BaseException:
+            self._directory.cleanup()
+            raise
+
+    def close(self) -> None:
+        """Flush and release. Raises what that raises."""
+        try:
+            self.disk.close()
+        finally:
+            if self._directory is not None:
+                self._directory.cleanup()
+
+
+_MODES: Final = {
+    "none": "writeback",
+    "writeback": "writeback",
+    "writethrough": "writethrough",
+    "directsync": "writethrough",
+    "unsafe": "unsafe",
+}
+
+
+def check_cache(cache: str) -> None:
+    if cache not in CACHES:
+        raise Invalid(f"Invalid cache option: {cache}")
