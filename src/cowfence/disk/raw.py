@@ -22,9 +22,9 @@ from typing import Final
 
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome
 from cowfence.disk.fileview import as_file
-from cowfence.errors import Closed, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
+from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
-from cowfence.storage.base import Buffer, Storage, WritableBuffer, read_padded
+from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.units import KIB, MIB
 
 _READ: Final = Verb.READ
@@ -42,6 +42,7 @@ class RawDisk:
     def __init__(self, storage: Storage, size_bytes: int | None = None) -> None:
         if size_bytes is not None and size_bytes < 0:
             raise Invalid(f"{storage.name}: a disk of {size_bytes} bytes")
+        self._as_long_as_file = size_bytes is None
         self.size = storage.size() if size_bytes is None else size_bytes
         self._storage = storage
         self._pid = os.getpid()
@@ -72,7 +73,10 @@ class RawDisk:
     def read_into(self, offset: int, buffer: WritableBuffer, *, wait: bool = True) -> None:
         self._check_open()
         self._check_range(offset, len(buffer))
-        read_padded(self._storage, offset, buffer, wait=wait)
+        got = self._storage.readv(offset, (buffer,), wait=wait)
+        if got < len(buffer):
+            self._check_length()
+            memoryview(buffer)[got:] = bytes(len(buffer) - got)
 
     def read(self, offset: int, length_bytes: int) -> bytes:
         self._check_range(offset, length_bytes)
@@ -147,6 +151,7 @@ class RawDisk:
             yield extent
             position = extent.end
         if position < end:
+            self._check_length()
             yield Extent(position, end - position, zero=True, data=False, present=False)
 
     def submit(self, requests: Sequence[Request], *, wait: bool = True) -> list[Outcome]:
@@ -161,7 +166,8 @@ class RawDisk:
                         raise OutOfRange(offset, length_bytes, size)
                     # New, so zero where the file ends early.
                     buffer = bytearray(length_bytes)
-                    readv(offset, (buffer,), wait=wait)
+                    if readv(offset, (buffer,), wait=wait) < length_bytes:
+                        self._check_length()
                     add(buffer)
                 elif verb is _WRITE and not fua and writable and 0 <= offset <= size - len(data):
                     writev(offset, (data,), "data.write")
@@ -218,6 +224,12 @@ class RawDisk:
     def _holes_read_zero(self) -> bool:
         capabilities = self._storage.capabilities()
         return capabilities.punches_holes and capabilities.holes_past_end
+
+    def _check_length(self) -> None:
+        """Raises Corrupt where the file has lost what was its end when it was opened: no zeros are made up for that."""
+        size_bytes = self._storage.size()
+        if self._as_long_as_file and size_bytes < self.size:
+            raise Corrupt(self.name, f"the file has been cut off at {size_bytes} bytes; the disk has {self.size}")
 
     def _check_open(self) -> None:
         if self._closed:
