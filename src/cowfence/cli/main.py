@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, str]] = {
     "create": "create an image",
     "dd": "copy a range of a disk into a new image",
     "diff": "show where two images, or two states of one, differ",
+    "explain": "say what an offset of an image is, and what leads to it",
     "info": "describe an image",
     "map": "show where the bytes of a disk stand",
     "measure": "show how large a new image would be",
