@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, str]] = {
     "diff": "show where two images, or two states of one, differ",
     "explain": "say what an offset of an image is, and what leads to it",
     "info": "describe an image",
+    "inspect": "give a verdict on an image that somebody else made",
     "map": "show where the bytes of a disk stand",
     "measure": "show how large a new image would be",
     "rebase": "put an image over another backing file",
