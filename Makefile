@@ -1,6 +1,6 @@
 # Needs python3 with venv and pip, and make. Everything else is installed into .venv by the first target that needs it.
 #   make demo [IMAGE=disk.qcow2]   make test [PYTEST_ARGS="-k header"]   make check   make bench   make crash
-#   make journey   make guest [GUEST_ARGS="--rounds 5 --seed 1"]
+#   make journey   make man   make guest [GUEST_ARGS="--rounds 5 --seed 1"]
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ GUEST_ARGS ?=
 IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench journey crash guest format clean
+.PHONY: help setup demo test lint check bench journey man crash guest format clean
 
 help:
 	@sed -n '2,3s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ check: lint test
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+man: $(STAMP)
+	$(BIN)/python scripts/man.py build/man
 
 journey: $(STAMP)
 	COWFENCE_JOURNEY=/usr $(BIN)/python -m pytest -rs tests/interop/test_journey.py

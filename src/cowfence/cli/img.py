@@ -7,7 +7,7 @@ import sys
 
 from cowfence.cli.main import COMMANDS, entry_of
 
-_NAMES = (
+NAMES = (
     "amend",
     "bench",
     "bitmap",
@@ -28,7 +28,7 @@ _NAMES = (
 
 def entry() -> int:
     """Run the command line; returns the exit code."""
-    return entry_of("cowfence-img", {name: COMMANDS[name] for name in _NAMES})
+    return entry_of("cowfence-img", {name: COMMANDS[name] for name in NAMES})
 
 
 if __name__ == "__main__":

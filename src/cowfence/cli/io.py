@@ -22,30 +22,31 @@ def entry() -> int:
     return run_program(_PROGRAM, _run, sys.argv[1:])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_PROGRAM, description="Exercise a disk. 'cowfence-io -c help' lists the commands.")
-    parser.add_argument("--image-opts", action="store_true", help="the file is given as driver=...,file.filename=...")
-    parser.add_argument("-c", "--cmd", dest="commands", action="append", default=[], metavar="STRING", help="carry this out")
-    parser.add_argument("-f", "--format", metavar="FMT", help="qcow2, raw or luks (default: qcow2 if it looks so)")
-    parser.add_argument("-r", "--read-only", action="store_true", help="open for reading only")
-    parser.add_argument("-s", "--snapshot", action="store_true", help="what is written is thrown away")
-    parser.add_argument("-n", "--nocache", action="store_true", help="around the page cache: -t none")
-    parser.add_argument("-C", "--copy-on-read", action="store_true", help="refused: there is none here")
-    parser.add_argument("-m", "--misalign", action="store_true", help="refused: buffers are aligned where they have to be")
-    parser.add_argument("-k", "--native-aio", action="store_true", help="refused: requests are carried out on threads")
-    parser.add_argument("-i", "--aio", metavar="MODE", default="threads", help="threads")
-    parser.add_argument("-t", "--cache", metavar="MODE", help="none, writeback, writethrough, directsync, unsafe")
-    parser.add_argument("-d", "--discard", metavar="MODE", default="unmap", help="unmap (on; default), ignore (off)")
-    parser.add_argument("-T", "--trace", metavar="PATTERN", help="refused: there is no tracing here")
-    parser.add_argument("-U", "--force-share", action="store_true", help="beside another writer")
-    parser.add_argument("-V", "--version", action="version", version=f"{_PROGRAM} {__version__}")
-    add_secret_options(parser)
-    parser.add_argument("file", nargs="?")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = Parser(prog=_PROGRAM, description="Exercise a disk. 'cowfence-io -c help' lists the commands.")
+    made.add_argument("--image-opts", action="store_true", help="the file is given as driver=...,file.filename=...")
+    made.add_argument("-c", "--cmd", dest="commands", action="append", default=[], metavar="STRING", help="carry this out")
+    made.add_argument("-f", "--format", metavar="FMT", help="qcow2, raw or luks (default: qcow2 if it looks so)")
+    made.add_argument("-r", "--read-only", action="store_true", help="open for reading only")
+    made.add_argument("-s", "--snapshot", action="store_true", help="what is written is thrown away")
+    made.add_argument("-n", "--nocache", action="store_true", help="around the page cache: -t none")
+    made.add_argument("-C", "--copy-on-read", action="store_true", help="refused: there is none here")
+    made.add_argument("-m", "--misalign", action="store_true", help="refused: buffers are aligned where they have to be")
+    made.add_argument("-k", "--native-aio", action="store_true", help="refused: requests are carried out on threads")
+    made.add_argument("-i", "--aio", metavar="MODE", default="threads", help="threads")
+    made.add_argument("-t", "--cache", metavar="MODE", help="none, writeback, writethrough, directsync, unsafe")
+    made.add_argument("-d", "--discard", metavar="MODE", default="unmap", help="unmap (on; default), ignore (off)")
+    made.add_argument("-T", "--trace", metavar="PATTERN", help="refused: there is no tracing here")
+    made.add_argument("-U", "--force-share", action="store_true", help="beside another writer")
+    made.add_argument("-V", "--version", action="version", version=f"{_PROGRAM} {__version__}")
+    add_secret_options(made)
+    made.add_argument("file", nargs="?")
+    return made
 
 
 def _run(words: list[str]) -> int:
-    arguments = _parser().parse_args(words)
+    arguments = parser().parse_args(words)
     for given, option in (
         (arguments.copy_on_read, "-C"),
         (arguments.misalign, "-m"),

@@ -31,6 +31,7 @@ COMMANDS: Final[dict[str, str]] = {
     "check": "check an image, and repair it",
     "commit": "write an image's changes into its backing file",
     "compare": "compare the disks of two images",
+    "completion": "print what lets a shell complete this program's words",
     "convert": "convert a disk into a new image",
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",
@@ -131,21 +132,30 @@ def _run(program: str, commands: Mapping[str, str], words: list[str]) -> int:
         chosen_command.configure(alone)
         alone.set_defaults(program=program)
         return chosen_command.run(alone.parse_intermixed_args(words[1:]))
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    parser, found = whole_parser(program, commands, lambda name: name == chosen)
+    arguments = parser.parse_args(words)
+    assert chosen is not None  # argparse refuses a command that is not in the table.
+    return found[chosen].run(arguments)
+
+
+def whole_parser(
+    program: str, commands: Mapping[str, str], wanted: Callable[[str], bool]
+) -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+    """The parser of a program with its subcommands, and the modules of those that are ``wanted``: only they have options."""
     parser = Parser(prog=program, description="A crash-safe QCOW2 engine.")
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     # With `prog` given, argparse need not format the usage now, which would load more of the library.
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser, prog=parser.prog)
-    chosen = next((word for word in words if not word.startswith("-")), None)
-    command: Command | None = None
+    found: dict[str, Command] = {}
     for name, line in commands.items():
         subparser = subparsers.add_parser(name, help=line, description=line)
-        if name == chosen:
+        if wanted(name):
             command = cast("Command", importlib.import_module(f"cowfence.cli.{name.replace('-', '_')}"))
             command.configure(subparser)
             subparser.set_defaults(program=program)
-    arguments = parser.parse_args(words)
-    assert command is not None  # argparse refuses a command that is not in the table.
-    return command.run(arguments)
+            found[name] = command
+    return parser, found
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
