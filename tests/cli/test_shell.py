@@ -70,13 +70,11 @@ def test_a_page_has_every_option() -> None:
             continue
         for name, chosen in action.choices.items():
             page = pages[f"cowfence-{name}.1"].replace("\\-", "-")
-            for option in (
-                text
-                for found in chosen._actions
-                if not isinstance(found, argparse._HelpAction)
-                for text in found.option_strings
-            ):
-                assert option in page, (name, option)
+            for found in chosen._actions:
+                if isinstance(found, argparse._HelpAction) or found.help == argparse.SUPPRESS:
+                    continue
+                for option in found.option_strings:
+                    assert option in page, (name, option)
     assert {f"{program}.1" for program in _PROGRAMS} <= pages.keys()
 
 
