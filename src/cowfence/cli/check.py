@@ -11,12 +11,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from cowfence.cli.main import add_output_option, complain, one_line, print_json
+from cowfence.cli.main import EXIT_FAILED, add_output_option, complain, one_line, print_json
 from cowfence.cli.progress import add_progress_option, shown
-from cowfence.errors import Invalid
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.ops.check import CheckResult, NoCheck
 
 if TYPE_CHECKING:
-    from cowfence.ops.check import CheckResult
+    from cowfence.qcow2.describe import JsonValue
     from cowfence.qcow2.findings import Report
 
 EXIT_NO_CHECK: Final = 63
@@ -31,36 +32,101 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress_option(parser)
     parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
     add_output_option(parser)
-    parser.add_argument("image")
+    parser.add_argument(
+        "--explain", action="store_true", help="say what each sort of finding means, risks, and how it is repaired"
+    )
+    parser.add_argument("images", nargs="+", metavar="image", help="of several, a table is printed")
 
 
 def run(arguments: argparse.Namespace) -> int:
     # numpy's BLAS, which a check does not use, would start a thread for each processor: a tenth of the whole run.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from cowfence.ops.check import Mode, NoCheck, check
+    if arguments.repair is not None and arguments.force_share:
+        raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
+    if len(arguments.images) > 1:
+        return _check_many(arguments)
+    outcome = _check(arguments, arguments.images[0])
+    if not isinstance(outcome, CheckResult):
+        return complain(arguments, str(outcome), EXIT_NO_CHECK)
+    _tell(arguments, outcome)
+    if not arguments.quiet:
+        if arguments.output == "json":
+            print_json(outcome.to_dict())
+        else:
+            _print_human(outcome)
+    return outcome.exit_code
+
+
+def _check(arguments: argparse.Namespace, image: str) -> CheckResult | NoCheck:
+    from cowfence.ops.check import Mode, check
 
     mode = None if arguments.repair is None else Mode(arguments.repair)
-    if mode is not None and arguments.force_share:
-        raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
     try:
         with shown(arguments) as progress:
-            result = check(
-                arguments.image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress
-            )
+            return check(image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress)
     except NoCheck as error:
-        return complain(arguments, str(error), EXIT_NO_CHECK)
+        return error
+
+
+def _tell(arguments: argparse.Namespace, result: CheckResult) -> None:
+    """The findings, on standard error."""
     for finding in result.findings:
         print(f"{finding.grade.value}: {one_line(str(finding))}", file=sys.stderr)
     for line in _left_out(result.report):
         print(line, file=sys.stderr)
     for reason in result.unrepairable:
         print(f"not repaired: {one_line(reason)}", file=sys.stderr)
-    if not arguments.quiet:
-        if arguments.output == "json":
-            print_json(result.to_dict())
+    if arguments.explain:
+        for line in _explained(result.report):
+            print(line, file=sys.stderr)
+
+
+def _explained(report: Report) -> list[str]:
+    """What each sort of finding means, once."""
+    from cowfence.qcow2.meanings import MEANINGS
+
+    lines = []
+    for problem in dict.fromkeys(finding.problem for finding in report.findings):
+        meaning = MEANINGS[problem]
+        lines += [
+            f"{problem.value}:",
+            f"    wrong:  {meaning.wrong}",
+            f"    risk:   {meaning.risk}",
+            f"    repair: {meaning.repair}",
+        ]
+    return lines
+
+
+def _check_many(arguments: argparse.Namespace) -> int:
+    """A table, and one exit code: 2 where any image is corrupt, else 1 where any could not be checked, else 3 for leaks."""
+    rows: list[tuple[str, str, int, int]] = []
+    told: list[JsonValue] = []
+    codes = set()
+    for image in arguments.images:
+        try:
+            outcome = _check(arguments, image)
+        except CowfenceError as error:
+            complain(arguments, str(error), EXIT_FAILED)
+            outcome = None
+        if isinstance(outcome, CheckResult):
+            _tell(arguments, outcome)
+            codes.add(outcome.exit_code)
+            words = {0: "clean", 2: "corrupt", 3: "leaks"}
+            rows.append((image, words[outcome.exit_code], outcome.report.corruptions, outcome.report.leaks))
+            told.append(outcome.to_dict() | {"result": words[outcome.exit_code]})
         else:
-            _print_human(result)
-    return result.exit_code
+            if outcome is not None:
+                complain(arguments, str(outcome), EXIT_FAILED)
+            codes.add(EXIT_FAILED)
+            rows.append((image, "not checked", 0, 0))
+            told.append({"filename": image, "check-errors": 1, "result": "not checked"})
+    if arguments.output == "json":
+        print_json(told)
+    elif not arguments.quiet:
+        print(f"{'RESULT':<12}{'CORRUPTIONS':>12}{'LEAKS':>12}  IMAGE")
+        for image, word, corruptions, leaks in rows:
+            print(f"{word:<12}{corruptions:>12}{leaks:>12}  {one_line(image)}")
+    return next((code for code in (2, EXIT_FAILED, 3) if code in codes), 0)
 
 
 def _left_out(report: Report) -> list[str]:
