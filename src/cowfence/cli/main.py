@@ -43,6 +43,7 @@ COMMANDS: Final[dict[str, str]] = {
     "map": "show where the bytes of a disk stand",
     "measure": "show how large a new image would be",
     "rebase": "put an image over another backing file",
+    "repair": "repair an image with a plan, and a way back",
     "resize": "make a disk longer or shorter",
     "serve": "serve a disk over NBD",
     "snapshot": "list, create, apply or delete internal snapshots",
