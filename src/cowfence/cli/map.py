@@ -17,6 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--start-offset", type=size_bytes, default=0, metavar="SIZE", help="where to begin")
     parser.add_argument("-l", "--max-length", type=size_bytes, metavar="SIZE", help="how much of the disk to show")
     parser.add_argument("-U", "--force-share", action="store_true", help="look at an image that another process writes to")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a picture of the file's layout there: what stands in each cluster"
+    )
     add_output_option(parser)
     add_reference_options(parser)
     parser.add_argument("image")
@@ -24,6 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     image = arguments.image
+    if arguments.html is not None:
+        from cowfence.cli.map_page import write_page
+
+        if source_format(arguments, image) != "qcow2":
+            raise Unsupported(printable(image), "a picture of an image that is not qcow2")
+        write_page(image, arguments.html, force_share=arguments.force_share)
+        return 0
     entries = map_image(
         image,
         format=source_format(arguments, image),

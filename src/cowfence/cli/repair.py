@@ -1,4 +1,4 @@
-"""``cowfence repair``: a plan of a repair, the repair, and the way back. The exit code is that of ``check``, of what is left."""
+"""``cowfence repair``: a plan of a repair, the repair, and the way back. The exit code is that of ``check``."""
 
 from __future__ import annotations
 

@@ -229,6 +229,19 @@ def _structures(found: Survey, cluster: int) -> Iterator[str]:
 
 
 def _bitmap_data(found: Survey, cluster: int) -> Iterator[str]:
+    for name, at, held in _bitmap_entries(found):
+        if held == cluster:
+            yield f"data of bitmap {name!a}, table entry {at}"
+
+
+def bitmap_clusters(found: Survey) -> Iterator[int]:
+    """Host clusters that hold the bits of a bitmap."""
+    for _, _, cluster in _bitmap_entries(found):
+        yield cluster
+
+
+def _bitmap_entries(found: Survey) -> Iterator[tuple[str, int, int]]:
+    """(name of the bitmap, index in its table, host cluster) of all that can be read."""
     header = found.header
     if header.bitmaps is None or not header.autoclear & Autoclear.BITMAPS:
         return
@@ -238,11 +251,10 @@ def _bitmap_data(found: Survey, cluster: int) -> Iterator[str]:
         return
     file = ImageFile(found.storage)
     for entry in entries:
-        offsets = (file.words(entry.table_offset, entry.table_entries) & np.uint64(OFFSET_MASK)) >> np.uint64(
-            found.geometry.cluster_bits
-        )
-        for at in np.flatnonzero(offsets == np.uint64(cluster)).tolist() if cluster else ():
-            yield f"data of bitmap {entry.text!a}, table entry {at}"
+        words = file.words(entry.table_offset, entry.table_entries) & np.uint64(OFFSET_MASK)
+        clusters = words >> np.uint64(found.geometry.cluster_bits)
+        for at in np.flatnonzero(clusters).tolist():
+            yield entry.text, at, int(clusters[at])
 
 
 def _l1_tables(found: Survey) -> Iterator[tuple[str, int, int]]:
