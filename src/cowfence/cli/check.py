@@ -27,6 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", dest="repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired"
     )
+    parser.add_argument(
+        "--explain", action="store_true", help="say of each finding what is wrong, what it risks and what a repair would do"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far the check is")
     parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
@@ -42,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     mode = None if arguments.repair is None else Mode(arguments.repair)
     if mode is not None and arguments.force_share:
         raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
+    if arguments.explain and arguments.quiet:
+        raise Invalid("--explain with -q: there would be nothing to read")
     try:
         with shown(arguments.progress and not arguments.quiet) as progress:
             result = check(
@@ -57,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not repaired: {one_line(reason)}", file=sys.stderr)
     if not arguments.quiet:
         if arguments.output == "json":
-            print_json(result.to_dict())
+            print_json(result.to_dict(explained=arguments.explain))
         else:
             _print_human(result)
+            if arguments.explain:
+                _print_explained(result)
     return result.exit_code
 
 
@@ -100,3 +107,16 @@ def _print_human(result: CheckResult) -> None:
         )
     if report.image_end_bytes:
         print(f"Image end offset: {report.image_end_bytes}")
+
+
+def _print_explained(result: CheckResult) -> None:
+    from cowfence.ops.explain import explain
+
+    for finding in result.findings:
+        explanation = explain(finding)
+        print(f"\n{one_line(str(finding))}")
+        print(f"    wrong:  {explanation.wrong}\n    risk:   {explanation.risk}\n    repair: {explanation.repair}")
+    for line in _left_out(result.report):
+        print(f"\n{line}")
+    if result.findings:
+        print("\nTo see every change before it is made: repair --plan; to be able to go back: repair --apply --undo FILE.")

@@ -40,6 +40,7 @@ COMMANDS: Final[dict[str, str]] = {
     "map": "show where the bytes of a disk stand",
     "measure": "show how large a new image would be",
     "rebase": "put an image over another backing file",
+    "repair": "plan a repair, make it, or take it back",
     "resize": "make a disk longer or shorter",
     "serve": "serve a disk over NBD",
     "snapshot": "list, create, apply or delete internal snapshots",
