@@ -30,6 +30,7 @@ COMMANDS: Final[dict[str, str]] = {
     "bitmap": "change persistent dirty bitmaps, or list what one recorded",
     "check": "check an image, and repair it",
     "commit": "write an image's changes into its backing file",
+    "compact": "make the file of an image shorter, in place",
     "compare": "compare the disks of two images",
     "convert": "convert a disk into a new image",
     "crash": "judge what a crash can leave of an image",
