@@ -40,6 +40,7 @@ from cowfence.qcow2.snapshot_table import read_snapshots
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.storage.base import read_padded
+from cowfence.storage.wrapper import StorageWrapper
 from cowfence.units import SECTOR_BYTES, align_up, div_up
 
 Progress = Callable[[float], None]
@@ -83,7 +84,7 @@ def compact(alteration: Alteration, *, progress: Progress | None = None) -> Comp
     if state.geometry.external_data:
         raise Unsupported(state.storage.name, "compaction of an image with an external data file, which holds no clusters")
     before, moved = state.storage.size(), 0
-    repair(state.storage, Mode.LEAKS)
+    repair(_Fenced(state), Mode.LEAKS)
     tell = progress or (lambda _: None)
     for number in range(_MOST_PASSES):
         size = state.storage.size()
@@ -96,6 +97,17 @@ def compact(alteration: Alteration, *, progress: Progress | None = None) -> Comp
         if state.storage.size() >= size and not dropped:
             break
     return Compacted(before, state.storage.size(), moved)
+
+
+class _Fenced(StorageWrapper):
+    """The image's file, whose fences are those of the open image: one that fails makes it read-only."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state.storage)
+        self._committer = state.committer
+
+    def fence(self, mark: str) -> None:
+        self._committer.fence(mark)
 
 
 def _limit(ground: Ground, structures: list[_Structure]) -> tuple[int, list[tuple[_Structure, int]]]:
