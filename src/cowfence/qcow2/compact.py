@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -49,6 +50,8 @@ Progress = Callable[[float], None]
 _STREAMS_TOGETHER: Final = 4096
 _MOST_PASSES: Final = 16
 """Each pass but the last makes the file shorter, and the second has little left to do."""
+_SHARES: Final = (0, 0.05, 0.1, 0.2, 0.8, 1)
+"""For who watches: how much of the whole work is done before and after each step."""
 _DIRECTORY_OFFSET_AT: Final = 16
 """In the data of the bitmaps extension."""
 
@@ -85,18 +88,22 @@ def compact(alteration: Alteration, *, progress: Progress | None = None) -> Comp
         raise Unsupported(state.storage.name, "compaction of an image with an external data file, which holds no clusters")
     before, moved = state.storage.size(), 0
     repair(_Fenced(state), Mode.LEAKS)
-    tell = progress or (lambda _: None)
+    steps = (_structures, _refcount_blocks, _l2_tables, _data, _streams)
     for number in range(_MOST_PASSES):
         size = state.storage.size()
-        steps = (_structures, _refcount_blocks, _l2_tables, _data, _streams)
-        for step, carry_out in enumerate(steps):
-            moved += carry_out(alteration)
-            tell(1 - 0.5**number * (1 - (step + 1) / (2 * len(steps))))
+        for step, (begin, end) in zip(steps, pairwise(_SHARES), strict=True):
+            # The first pass does nearly all of it.
+            moved += step(alteration, _part(progress if not number else None, begin, end))
         dropped = _drop_empty_blocks(state)
         _cut(state)
         if state.storage.size() >= size and not dropped:
             break
     return Compacted(before, state.storage.size(), moved)
+
+
+def _part(progress: Progress | None, begin: float, end: float) -> Progress:
+    """Whom to tell of a step, which is a part of the whole."""
+    return lambda done: progress(begin + done * (end - begin)) if progress is not None else None
 
 
 class _Fenced(StorageWrapper):
@@ -199,13 +206,14 @@ def _ground(state: State) -> tuple[Ground, Header, list[_Structure]]:
     return ground, header, structures
 
 
-def _structures(alteration: Alteration) -> int:
+def _structures(alteration: Alteration, tell: Progress) -> int:
     moved = 0
     while True:
         # One at a time: where one stands is where the pointer to another may be.
         ground, _, structures = _ground(alteration.state)
         _, moves = _limit(ground, structures)
         if not moves:
+            tell(1)
             return moved
         structure, first = moves[0]
         _move_structure(ground, structure, first)
@@ -240,23 +248,23 @@ def _pointers(ground: Ground, offset: int, entries: int) -> Pointers:
     return Pointers(offset + at * TABLE_ENTRY_BYTES, words[at], np.ones(len(at), np.int64))
 
 
-def _refcount_blocks(alteration: Alteration) -> int:
+def _refcount_blocks(alteration: Alteration, tell: Progress) -> int:
     ground, header, structures = _ground(alteration.state)
     limit, _ = _limit(ground, structures)
     entries = header.refcount_table_clusters * ground.geometry.table_entries_per_cluster
     pointers = _pointers(ground, header.refcount_table_offset, entries)
-    return ground.move_singles(pointers, limit, "refcount_block.new", Kind.REFCOUNT_BLOCK)
+    return ground.move_singles(pointers, limit, "refcount_block.new", Kind.REFCOUNT_BLOCK, tell)
 
 
-def _l2_tables(alteration: Alteration) -> int:
+def _l2_tables(alteration: Alteration, tell: Progress) -> int:
     ground, _, structures = _ground(alteration.state)
     limit, _ = _limit(ground, structures)
     l1s = [each for each in structures if each.kind in (Kind.L1, Kind.SNAPSHOT_L1)]
     pointers = joined([_pointers(ground, each.offset, each.entries) for each in l1s])
-    return ground.move_singles(pointers, limit, "l2.new", Kind.L2)
+    return ground.move_singles(pointers, limit, "l2.new", Kind.L2, tell)
 
 
-def _data(alteration: Alteration) -> int:
+def _data(alteration: Alteration, tell: Progress) -> int:
     """The guest's clusters, plain ones, then those of bitmaps."""
     ground, _, structures = _ground(alteration.state)
     limit, _ = _limit(ground, structures)
@@ -266,10 +274,10 @@ def _data(alteration: Alteration) -> int:
         plain: Flags = (words & np.uint64(COMPRESSED) == 0) & (words & np.uint64(OFFSET_MASK) >= floor)
         return plain
 
-    moved = ground.move_singles(_entries(ground, is_plain), limit, "data.write", None)
+    moved = ground.move_singles(_entries(ground, is_plain), limit, "data.write", None, tell)
     tables = [each for each in structures if each.kind is Kind.BITMAPS and each.entries]
     bits = joined([_pointers(ground, each.offset, each.entries) for each in tables])
-    return moved + ground.move_singles(bits, limit, "bitmap.new", Kind.BITMAPS)
+    return moved + ground.move_singles(bits, limit, "bitmap.new", Kind.BITMAPS, tell)
 
 
 def _entries(ground: Ground, wanted: Callable[[Words], Flags]) -> Pointers:
@@ -299,7 +307,7 @@ class _Stream(NamedTuple):
         return div_up(self.length_bytes, SECTOR_BYTES)
 
 
-def _streams(alteration: Alteration) -> int:
+def _streams(alteration: Alteration, tell: Progress) -> int:
     """Streams that touch the end of the file, each to whole sectors of clusters that are theirs alone."""
     state = alteration.state
     ground, _, structures = _ground(state)
@@ -320,6 +328,7 @@ def _streams(alteration: Alteration) -> int:
     placed = _packed(ground, streams, limit)
     for at in range(0, len(placed), _STREAMS_TOGETHER):
         _move_streams(ground, pointers, placed[at : at + _STREAMS_TOGETHER])
+        tell(min(1, (at + _STREAMS_TOGETHER) / len(placed)))
     return len(placed)
 
 

@@ -223,10 +223,11 @@ class Ground:
 
     # Single clusters
 
-    def move_singles(self, pointers: Pointers, limit: int, mark: str, kind: Kind | None) -> int:
+    def move_singles(self, pointers: Pointers, limit: int, mark: str, kind: Kind | None, tell: Callable[[float], None]) -> int:
         """Move what these pointers lead to, from cluster ``limit`` on, below it, as far as there is room.
 
-        Clusters to which other pointers lead, too, stay. Returns how many were moved.
+        Clusters to which other pointers lead, too, stay. ``tell``: called with the fraction that is done. Returns how many were
+        moved.
         """
         clusters = ((pointers.words & np.uint64(OFFSET_MASK)) >> np.uint64(self.bits)).view(np.int64)
         above = (clusters >= limit) & (clusters < self.clusters)
@@ -244,6 +245,7 @@ class Ground:
         for stop in range(count, 0, -step):
             part = slice(max(0, stop - step), stop)
             self._move_batch(pointers, clusters, sources[part], targets[part], mark, kind)
+            tell(1 - part.start / count)
         return count
 
     def _move_batch(
