@@ -1,8 +1,8 @@
 """An undo log: what is needed to take a set of changes to one file back, on whatever way through them a crash stopped.
 
-It is made before the first change, from a rehearsal (an overlay with a recorder): for each sector that will change, its bytes
-now, and a digest of every version that it takes on the way. A sector never tears, so after a crash each of them holds one of
-its versions. A file in which one holds anything else is not the one that the log was made for, or has changed since.
+It is made before the first change, from a rehearsal (an overlay with a recorder): for each sector that will be written, its
+bytes now, and a digest of every version that it takes on the way. A sector never tears, so after a crash each of them holds one
+of its versions. A file in which one holds anything else is not the one that the log was made for, or has changed since.
 
     as a file   "cowundo1" | size before, size after, sectors: u64 each | SHA-256 of all that follows
                 for each sector, in order: number u64 | versions u16 | their digests (BLAKE2b, 16 bytes each) | 512 old bytes
@@ -81,9 +81,10 @@ class UndoLog:
                 digest = _digest(now[number])
                 if digest not in versions[number]:
                     versions[number].append(digest)
-        changed = {number: _Sector(old[number], tuple(versions[number])) for number in sorted(old) if len(versions[number]) > 1}
-        log = cls(storage.size(), new_bytes, changed)
-        longest = max((len(sector.versions) for sector in changed.values()), default=0)
+        # Those that are written and stay the same, too: what somebody does there later must be seen.
+        touched = {number: _Sector(old[number], tuple(versions[number])) for number in sorted(old)}
+        log = cls(storage.size(), new_bytes, touched)
+        longest = max((len(sector.versions) for sector in touched.values()), default=0)
         if longest > _MAX_VERSIONS or log.length_bytes > MAX_LOG_BYTES:
             raise Unsupported(storage.name, f"an undo file of {log.length_bytes} bytes (at most {MAX_LOG_BYTES})")
         return log
@@ -118,7 +119,7 @@ class UndoLog:
             number, versions = _RECORD.unpack_from(data, at)
             at += _RECORD.size
             end = at + versions * _DIGEST_BYTES
-            if not 2 <= versions <= _MAX_VERSIONS or len(data) - end < SECTOR_BYTES:
+            if not 1 <= versions <= _MAX_VERSIONS or len(data) - end < SECTOR_BYTES:
                 raise Corrupt(name, "this undo file has a record that cannot be")
             if not previous < number < (new_bytes + SECTOR_BYTES - 1) // SECTOR_BYTES:
                 raise Corrupt(name, f"this undo file names sector {number} out of order, or past the end")
