@@ -15,6 +15,7 @@ from cowfence.storage.fault import FaultyStorage
 from cowfence.storage.file import FileStorage
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import OpLog
+from cowfence.storage.overlay import OverlayStorage
 from cowfence.storage.record import RecordingStorage
 from cowfence.storage.wrapper import StorageWrapper
 
@@ -27,6 +28,11 @@ class TestMemory(StorageContract):
 class TestWrapper(StorageContract):
     def build(self, initial: bytes, *, writable: bool) -> Storage:
         return StorageWrapper(MemoryStorage(initial, writable=writable))
+
+
+class TestOverlay(StorageContract):
+    def build(self, initial: bytes, *, writable: bool) -> Storage:
+        return OverlayStorage(MemoryStorage(initial, writable=False), writable=writable)
 
 
 class TestRecording(StorageContract):

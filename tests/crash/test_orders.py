@@ -26,14 +26,15 @@ from cowfence.qcow2.transaction import Pending
 from cowfence.storage.base import Storage
 from cowfence.storage.oplog import Fence, Note, OpLog, Write
 from cowfence.storage.record import RecordingStorage
+from crash.compact_orders import COMPACT_CASES, COMPACT_MUTANTS
 from crash.orders import CASES as OTHER_CASES
 from crash.orders import MUTANTS as OTHER_MUTANTS
 from crash.orders import Mutant
 from crash.size_orders import SIZE_CASES, SIZE_MUTANTS
 from crash.snapshot_orders import SNAPSHOT_CASES, SNAPSHOT_MUTANTS
 
-CASES = OTHER_CASES | SNAPSHOT_CASES | SIZE_CASES
-MUTANTS = [*OTHER_MUTANTS, *SNAPSHOT_MUTANTS, *SIZE_MUTANTS]
+CASES = OTHER_CASES | SNAPSHOT_CASES | SIZE_CASES | COMPACT_CASES
+MUTANTS = [*OTHER_MUTANTS, *SNAPSHOT_MUTANTS, *SIZE_MUTANTS, *COMPACT_MUTANTS]
 
 
 @pytest.mark.parametrize("model", MODELS)

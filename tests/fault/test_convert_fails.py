@@ -62,8 +62,10 @@ def test_killed_at_any_moment(source: Path, tmp_path: Path, options: tuple[str, 
 def test_a_source_that_gets_shorter(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     changing, target = tmp_path / "changing", tmp_path / "out"
     changing.write_bytes(source.read_bytes())
-    process = _begin("-f", "raw", "-U", "--rate-limit", "16M", *options, changing, target)
-    time.sleep(0.8)
+    process = _begin("-f", "raw", "-U", "--rate-limit", "8M", *options, changing, target)
+    while len(list(tmp_path.iterdir())) == 1 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.2)
     os.truncate(changing, MIB)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cowfence.qcow2.findings import Problem
-from cowfence.qcow2.meanings import MEANINGS
 from helpers_cli import cowfence as command
 from judges import run
 
@@ -54,13 +52,7 @@ def test_many_are_repaired(images: Path) -> None:
         run(["qemu-img", "check", "-q", images / name])
 
 
-def test_findings_in_plain_words(images: Path) -> None:
-    done = command("check", "--explain", "corrupt", cwd=images, check=False)
-    assert "refcount-too-low:\n    wrong:  More tables lead to a cluster" in done.stderr
-    assert "wrong" not in command("check", "corrupt", cwd=images, check=False).stderr
-    assert "wrong" not in command("check", "--explain", "clean", cwd=images).stderr
-
-
-def test_every_problem_has_its_words() -> None:
-    assert MEANINGS.keys() == set(Problem)
-    assert all(text.endswith(".") for meaning in MEANINGS.values() for text in meaning)
+def test_findings_in_plain_words_of_many(images: Path) -> None:
+    done = command("check", "--explain", "clean", "corrupt", cwd=images, check=False)
+    assert "    wrong:  A cluster is in use more often than its stored refcount says." in done.stdout
+    assert "wrong" not in command("check", "clean", "corrupt", cwd=images, check=False).stdout

@@ -43,17 +43,21 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if arguments.repair is not None and arguments.force_share:
         raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
+    if arguments.explain and arguments.quiet:
+        raise Invalid("--explain with -q: there would be nothing to read")
     if len(arguments.images) > 1:
         return _check_many(arguments)
     outcome = _check(arguments, arguments.images[0])
     if not isinstance(outcome, CheckResult):
         return complain(arguments, str(outcome), EXIT_NO_CHECK)
-    _tell(arguments, outcome)
+    _tell(outcome)
     if not arguments.quiet:
         if arguments.output == "json":
-            print_json(outcome.to_dict())
+            print_json(outcome.to_dict(explained=arguments.explain))
         else:
             _print_human(outcome)
+            if arguments.explain:
+                _print_explained(outcome)
     return outcome.exit_code
 
 
@@ -68,7 +72,7 @@ def _check(arguments: argparse.Namespace, image: str) -> CheckResult | NoCheck:
         return error
 
 
-def _tell(arguments: argparse.Namespace, result: CheckResult) -> None:
+def _tell(result: CheckResult) -> None:
     """The findings, on standard error."""
     for finding in result.findings:
         print(f"{finding.grade.value}: {one_line(str(finding))}", file=sys.stderr)
@@ -76,25 +80,19 @@ def _tell(arguments: argparse.Namespace, result: CheckResult) -> None:
         print(line, file=sys.stderr)
     for reason in result.unrepairable:
         print(f"not repaired: {one_line(reason)}", file=sys.stderr)
-    if arguments.explain:
-        for line in _explained(result.report):
-            print(line, file=sys.stderr)
 
 
-def _explained(report: Report) -> list[str]:
-    """What each sort of finding means, once."""
-    from cowfence.qcow2.meanings import MEANINGS
+def _print_explained(result: CheckResult) -> None:
+    from cowfence.ops.meanings import explain
 
-    lines = []
-    for problem in dict.fromkeys(finding.problem for finding in report.findings):
-        meaning = MEANINGS[problem]
-        lines += [
-            f"{problem.value}:",
-            f"    wrong:  {meaning.wrong}",
-            f"    risk:   {meaning.risk}",
-            f"    repair: {meaning.repair}",
-        ]
-    return lines
+    for finding in result.findings:
+        explanation = explain(finding)
+        print(f"\n{one_line(str(finding))}")
+        print(f"    wrong:  {explanation.wrong}\n    risk:   {explanation.risk}\n    repair: {explanation.repair}")
+    for line in _left_out(result.report):
+        print(f"\n{line}")
+    if result.findings:
+        print("\nTo see every change before it is made: repair --plan; to be able to go back: repair --apply --undo FILE.")
 
 
 def _check_many(arguments: argparse.Namespace) -> int:
@@ -109,11 +107,13 @@ def _check_many(arguments: argparse.Namespace) -> int:
             complain(arguments, str(error), EXIT_FAILED)
             outcome = None
         if isinstance(outcome, CheckResult):
-            _tell(arguments, outcome)
+            _tell(outcome)
+            if arguments.explain and arguments.output == "human":
+                _print_explained(outcome)
             codes.add(outcome.exit_code)
             words = {0: "clean", 2: "corrupt", 3: "leaks"}
             rows.append((image, words[outcome.exit_code], outcome.report.corruptions, outcome.report.leaks))
-            told.append(outcome.to_dict() | {"result": words[outcome.exit_code]})
+            told.append(outcome.to_dict(explained=arguments.explain) | {"result": words[outcome.exit_code]})
         else:
             if outcome is not None:
                 complain(arguments, str(outcome), EXIT_FAILED)

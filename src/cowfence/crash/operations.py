@@ -19,6 +19,7 @@ from cowfence.disk.raw import RawDisk
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.ops.amend import Amendment, amend_disk
 from cowfence.ops.commit import commit_disk
+from cowfence.ops.compact import compact_disk
 from cowfence.ops.rebase import rebase_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
@@ -281,6 +282,17 @@ def _resize(run: Run, size_bytes: int, *, preallocation: str = "off") -> None:
             run.disk.flush()
     refused = facts.after["size"] == facts.before["size"]
     assert refused or facts.after["size"] == size_bytes, "the size is what was asked for"
+
+
+@operation("compact")
+def _compact(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Nothing that anybody reads changes, and the file becomes no longer."""
+    if not run.spec.external:
+        before = run.memory.size()
+        with run.altering() as facts:
+            compact_disk(run.disk)
+        assert run.memory.size() <= before, "the file is no longer"
+        assert facts.after == facts.before, "compacting changes nothing"
 
 
 @operation("rebase")

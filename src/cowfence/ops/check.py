@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cowfence.errors import NotThisFormat, Unsupported
+from cowfence.ops.meanings import explain
 from cowfence.qcow2.findings import Finding, Mode, Report
 from cowfence.qcow2.verify import Progress, verify
 from cowfence.storage.base import Storage
@@ -58,10 +59,10 @@ class CheckResult:
             return EXIT_CORRUPT
         return EXIT_LEAKS if self.report.leaks else EXIT_CLEAN
 
-    def to_dict(self) -> dict[str, JsonValue]:
+    def to_dict(self, *, explained: bool = False) -> dict[str, JsonValue]:
         """As ``qemu-img check --output=json`` names it; but for ``check-errors``, a number that is 0 is left out.
 
-        ``findings`` is ours, and left out where there are none.
+        ``findings`` is ours, and left out where there are none. ``explained``: each in plain words, too.
         """
         report = self.report
         found: dict[str, JsonValue] = {
@@ -79,11 +80,11 @@ class CheckResult:
         # An internal error raises.
         found |= {"check-errors": 0, "filename": self.filename, "format": self.format}
         if self.findings:
-            found["findings"] = [_finding_dict(finding) for finding in self.findings]
+            found["findings"] = [_finding_dict(finding, explained) for finding in self.findings]
         return found
 
 
-def _finding_dict(finding: Finding) -> dict[str, JsonValue]:
+def _finding_dict(finding: Finding, explained: bool) -> dict[str, JsonValue]:
     numbers: dict[str, JsonValue] = {
         "cluster": finding.cluster,
         "offset": finding.offset,
@@ -96,6 +97,7 @@ def _finding_dict(finding: Finding) -> dict[str, JsonValue]:
         "where": finding.where,
         "what": finding.what,
         **{key: value for key, value in numbers.items() if value is not None},
+        **(explain(finding)._asdict() if explained else {}),
     }
 
 

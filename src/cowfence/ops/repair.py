@@ -1,10 +1,11 @@
-"""Repair with a plan and a way back.
+"""Repair with a plan, and a way back.
 
-A plan is made by running the repair on an overlay in memory: the ranges of the file that it would change, and what the image
-would be then. An undo file holds the old and the new bytes of these ranges; it is durable before the first of them is changed.
+The plan is the repair itself, carried out on an overlay in memory: what it would write, in order, and where its fences are.
+To apply it is to run the same repair on the file, behind a guard that lets nothing through that was not in the plan. Where an
+undo file is wanted, it is complete and durable before the first change of the image.
 
-Taking a repair back writes the old bytes again, and only if every sector is either the old or the new one: so a crash in the
-middle of it, or of the repair, does no harm, and it can be run again.
+On disk at every instant: the image as it was, or on the way of a repair (see ``qcow2.repair``), and from before the first
+change an undo file that leads back from each of these states.
 """
 
 from __future__ import annotations
@@ -12,199 +13,288 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from cowfence.errors import Corrupt, Invalid, from_os_error
-from cowfence.ops.check import CheckResult, Mode, check_storage
+from cowfence.errors import Corrupt, Invalid, NotThisFormat
+from cowfence.ops.check import CheckResult, NoCheck, check_storage
+from cowfence.qcow2.findings import Mode
+from cowfence.qcow2.verify import Progress
 from cowfence.storage.base import Storage, read_padded
 from cowfence.storage.file import FileStorage
-from cowfence.storage.overlay import Changed, OverlayStorage
+from cowfence.storage.oplog import Fence, Operation, OpLog, Write
+from cowfence.storage.overlay import OverlayStorage
 from cowfence.storage.publish import NewFile
+from cowfence.storage.record import RecordingStorage
+from cowfence.storage.undo import MAX_LOG_BYTES, GuardedStorage, UndoLog
 from cowfence.units import MIB, SECTOR_BYTES
 
 if TYPE_CHECKING:
     from cowfence.qcow2.describe import JsonValue
 
-_MAGIC: Final = b"cowfence undo 1\n"
-_PLAN_FORMAT: Final = "cowfence repair plan 1"
-_MAX_HEADER_BYTES: Final = 64 * MIB
-_MAX_PLAN_BYTES: Final = 64 * MIB
+__all__ = [
+    "Mode",
+    "Plan",
+    "Repaired",
+    "apply",
+    "apply_storage",
+    "plan",
+    "plan_storage",
+    "read_plan",
+    "undo",
+    "undo_storage",
+    "write_plan",
+]
+
+PLAN_FORMAT: Final = "cowfence-repair-plan"
+_PLAN_VERSION: Final = 1
+_MAX_PLAN_BYTES: Final = 256 * MIB
+_PIECE_BYTES: Final = MIB
+_WORDS: Final = {
+    "refcount.decrement": "lower stored refcounts to the references there are",
+    "refcount_table.new": "write a new refcount table where nothing leads yet",
+    "refcount_block.new": "write new refcount blocks where nothing leads yet",
+    "header.link": "change fields of the header, in one sector",
+    "l1.link": "set COPIED flags of the L1 table to what the refcounts say",
+    "l2.link": "set COPIED flags of L2 tables to what the refcounts say",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kind of write up to the next, or up to a fence. ``ranges``: (offset, length) of the host file, in bytes."""
+
+    mark: str
+    ranges: tuple[tuple[int, int], ...]
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        if not self.ranges:
+            return {"step": self.mark, "what": "make all of it durable"}
+        return {"step": self.mark, "what": _WORDS.get(self.mark, self.mark), "ranges": _ranges_list(self.ranges)}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a repair would do. ``result``: the image as it would be then. Sizes in bytes."""
+    """What a repair would do. ``digest``: of every byte that it changes, before and after, and of the file's length."""
 
-    filename: str
-    mode: Mode
-    size_before: int
-    size_after: int
-    changes: tuple[Changed, ...]
     result: CheckResult
+    mode: Mode
+    old_bytes: int
+    new_bytes: int
+    steps: tuple[Step, ...]
+    ranges: tuple[tuple[int, int], ...]
+    digest: str
+    operations: Sequence[Operation] = field(repr=False)
+
+    @property
+    def empty(self) -> bool:
+        """True if the repair would change nothing."""
+        return not self.ranges
 
     def to_dict(self) -> dict[str, JsonValue]:
         return {
-            "format": _PLAN_FORMAT,
-            "filename": self.filename,
+            "format": PLAN_FORMAT,
+            "version": _PLAN_VERSION,
+            "filename": self.result.filename,
             "mode": self.mode.value,
-            "size-before": self.size_before,
-            "size-after": self.size_after,
-            "changes": [
-                {
-                    "offset": change.offset,
-                    "length": len(change.after),
-                    "sha256-before": _digest(change.before),
-                    "sha256-after": _digest(change.after),
-                }
-                for change in self.changes
-            ],
-            "result": self.result.to_dict(),
+            "file-size": self.old_bytes,
+            "file-size-after": self.new_bytes,
+            "corruptions-fixed": self.result.corruptions_fixed,
+            "leaks-fixed": self.result.leaks_fixed,
+            "corruptions-left": self.result.report.corruptions,
+            "leaks-left": self.result.report.leaks,
+            "not-repaired": list(self.result.unrepairable),
+            "steps": [step.to_dict() for step in self.steps],
+            "ranges": _ranges_list(self.ranges),
+            "digest": self.digest,
         }
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _ranges_list(ranges: Sequence[tuple[int, int]]) -> list[JsonValue]:
+    return [{"offset": offset, "length": length_bytes} for offset, length_bytes in ranges]
 
 
-def plan_repair(path: str | os.PathLike[str], mode: Mode = Mode.ALL, *, force_share: bool = False) -> Plan:
-    """What a repair of the image at ``path`` would do; nothing is written. Raises as ``check`` does."""
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What a repair did. ``undo_file``: None where none was asked for, or nothing was changed."""
+
+    plan: Plan
+    undo_file: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """Of what is left, as of ``check``."""
+        return self.plan.result.exit_code
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        return {**self.plan.to_dict(), "applied": not self.plan.empty, "undo-file": self.undo_file}
+
+
+def plan(
+    path: str | os.PathLike[str], mode: Mode = Mode.ALL, *, force_share: bool = False, progress: Progress | None = None
+) -> Plan:
+    """What a repair of the image at ``path`` would do; the image is only read. Raises what ``check`` raises."""
     storage = FileStorage.open(path, force_share=force_share)
     try:
-        return _plan(storage, os.fspath(path), mode)
+        return plan_storage(storage, mode, progress=progress)
     finally:
         storage.close()
 
 
-def _plan(storage: Storage, name: str, mode: Mode) -> Plan:
-    overlay = OverlayStorage(storage)
-    result = check_storage(overlay, repair=mode)
-    return Plan(name, mode, storage.size(), overlay.size(), tuple(overlay.changes()), result)
-
-
-def apply_repair(
-    path: str | os.PathLike[str],
-    mode: Mode = Mode.ALL,
-    *,
-    plan_file: str | os.PathLike[str] | None = None,
-    undo_file: str | os.PathLike[str] | None = None,
-) -> CheckResult:
-    """Repair the image at ``path``. ``plan_file``: only if the repair would be the planned one. ``undo_file``: made first.
-
-    Raises Invalid (the image is no longer the planned one; the plan file is none; the undo file exists), and as ``check`` does:
-    then nothing was changed.
-    """
-    storage = FileStorage.open(path, writable=True)
+def plan_storage(storage: Storage, mode: Mode = Mode.ALL, *, progress: Progress | None = None) -> Plan:
+    """The same for an image in an open storage, which stays open."""
+    log, overlay = OpLog(), OverlayStorage(storage)
     try:
-        if plan_file is not None or undo_file is not None:
-            planned = None if plan_file is None else _read_plan(plan_file)
-            if planned is not None:
-                mode = Mode(planned["mode"])
-            plan = _plan(storage, os.fspath(path), mode)
-            if planned is not None and not _is_planned(plan, planned):
-                raise Invalid(f"{os.fspath(path)}: it is no longer the image that was planned for; make a new plan")
-            if undo_file is not None:
-                _write_undo(undo_file, plan)
-        return check_storage(storage, repair=mode)
-    finally:
-        storage.close()
+        result = check_storage(RecordingStorage(overlay, log), repair=mode, progress=progress)
+    except NotThisFormat:
+        raise NoCheck(storage.name) from None
+    operations, ranges = log.operations(), overlay.changed()
+    return Plan(
+        result=result,
+        mode=mode,
+        old_bytes=storage.size(),
+        new_bytes=overlay.size(),
+        steps=_steps(operations) if ranges else (),
+        ranges=tuple(ranges),
+        digest=_digest(storage, overlay, ranges),
+        operations=operations,
+    )
 
 
-def _is_planned(plan: Plan, planned: dict[str, JsonValue]) -> bool:
-    now = plan.to_dict()
-    return all(now[key] == planned.get(key) for key in ("mode", "size-before", "size-after", "changes"))
+def _steps(operations: Sequence[Operation]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    for operation in operations:
+        if isinstance(operation, Write):
+            place = (operation.offset, len(operation.data))
+            if steps and steps[-1].mark == operation.mark:
+                steps[-1] = Step(operation.mark, (*steps[-1].ranges, place))
+            else:
+                steps.append(Step(operation.mark, (place,)))
+        elif isinstance(operation, Fence):
+            steps.append(Step(operation.mark, ()))
+    return tuple(steps)
 
 
-def _read_plan(path: str | os.PathLike[str]) -> dict[str, JsonValue]:
-    try:
-        with open(path, "rb") as file:
-            found = json.loads(file.read(_MAX_PLAN_BYTES))
-    except OSError as error:
-        raise from_os_error(os.fspath(path), "read", 0, error) from error
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("format") != _PLAN_FORMAT or found.get("mode") not in ("leaks", "all"):
-        raise Invalid(f"{os.fspath(path)}: this is no repair plan")
-    return found
+def _digest(before: Storage, after: Storage, ranges: Sequence[tuple[int, int]]) -> str:
+    digest = hashlib.sha256(b"%d %d" % (before.size(), after.size()))
+    for offset, length_bytes in ranges:
+        digest.update(b"|%d %d|" % (offset, length_bytes))
+        for at in range(offset, offset + length_bytes, _PIECE_BYTES):
+            piece = bytearray(min(_PIECE_BYTES, offset + length_bytes - at))
+            for storage in (before, after):
+                read_padded(storage, at, piece)
+                digest.update(piece)
+    return digest.hexdigest()
 
 
-def _write_undo(path: str | os.PathLike[str], plan: Plan) -> None:
-    """Durable when it returns. Raises Invalid where there is a file: it may be the way back from an earlier repair."""
-    if os.path.lexists(path):
-        raise Invalid(f"{os.fspath(path)}: it exists; an undo file is not written over another file")
-    payload = b"".join(change.before.ljust(len(change.after), b"\0") + change.after for change in plan.changes)
-    header = {
-        "size-before": plan.size_before,
-        "size-after": plan.size_after,
-        "ranges": [[change.offset, len(change.after)] for change in plan.changes],
-        "sha256": _digest(payload),
-    }
-    encoded = json.dumps(header).encode()
+def write_plan(planned: Plan, path: str | os.PathLike[str], image: str | os.PathLike[str]) -> None:
+    """Keep a plan in a file, whole or not at all. Raises Invalid where that is the ``image``, and StorageFailed."""
+    if os.path.realpath(path) == os.path.realpath(image):
+        raise Invalid(f"{os.fspath(path)}: it is the image itself")
+    text = json.dumps(planned.to_dict(), indent=4) + "\n"
     with NewFile(path) as new:
-        new.storage.writev(0, (_MAGIC, struct.pack(">Q", len(encoded)), encoded, payload), "undo.write")
+        new.storage.writev(0, (text.encode(),), "plan.write")
         new.publish()
 
 
-def undo_repair(path: str | os.PathLike[str], undo_file: str | os.PathLike[str]) -> int:
-    """Take a repair back; may be run again. Returns the number of bytes that were put back.
+@dataclass(frozen=True, slots=True)
+class StoredPlan:
+    """What has to be known of a plan that was kept in a file, to see whether it is still the plan."""
 
-    Raises Invalid (the undo file is none, is damaged, or belongs to another image or another state of it): then nothing was
-    changed.
+    mode: Mode
+    digest: str
+
+
+def read_plan(path: str | os.PathLike[str]) -> StoredPlan:
+    """A plan out of the file that it was kept in. Raises Corrupt for anything else, and StorageFailed."""
+    name = os.fspath(path)
+    try:
+        value = json.loads(_whole_file(path, _MAX_PLAN_BYTES, "a repair plan"))
+        if value["format"] == PLAN_FORMAT and value["version"] == _PLAN_VERSION and isinstance(value["digest"], str):
+            return StoredPlan(Mode(value["mode"]), value["digest"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise Corrupt(name, "it is no repair plan of this version")
+
+
+def apply(
+    path: str | os.PathLike[str],
+    mode: Mode | None = None,
+    *,
+    stored: StoredPlan | None = None,
+    undo_file: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Repaired:
+    """Repair the image at ``path`` (``mode``: that of the plan, else all). ``stored``: only if this is still the plan.
+    ``undo_file``: where the way back is kept; it must not exist, and is made only if something is changed.
+
+    Raises Invalid where it is not, or the undo file exists, and what ``check`` raises; then nothing was changed.
     """
-    size_before, size_after, changes = _read_undo(undo_file)
     storage = FileStorage.open(path, writable=True)
     try:
-        foreign = Invalid(f"{os.fspath(path)}: it is not as the repair left it; the undo file does not fit")
-        if not min(size_before, size_after) <= storage.size() <= max(size_before, size_after):
-            raise foreign
-        for change in changes:
-            now = bytearray(len(change.after))
-            read_padded(storage, change.offset, now)
-            for at in range(0, len(now), SECTOR_BYTES):
-                sector = now[at : at + SECTOR_BYTES]
-                if sector not in (change.before[at : at + SECTOR_BYTES], change.after[at : at + SECTOR_BYTES]):
-                    raise foreign
-        for change in changes:
-            storage.writev(change.offset, (change.before,), "undo.restore")
-        storage.truncate(size_before, "undo.size")
-        storage.fence("undo.fence")
-        return sum(len(change.before) for change in changes)
+        return apply_storage(storage, mode, stored=stored, undo_file=undo_file, progress=progress)
     finally:
         storage.close()
 
 
-def _read_undo(path: str | os.PathLike[str]) -> tuple[int, int, list[Changed]]:
-    """Sizes before and after, and the ranges. Raises Invalid."""
-    wrong = Invalid(f"{os.fspath(path)}: this is no undo file, or it is damaged")
-    storage = FileStorage.open(path, allow_devices=False)
+def apply_storage(
+    storage: Storage,
+    mode: Mode | None = None,
+    *,
+    stored: StoredPlan | None = None,
+    undo_file: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Repaired:
+    """The same for an image in an open storage, which stays open."""
+    if stored is not None and mode not in (None, stored.mode):
+        raise Invalid(f"{storage.name}: the plan is one of -r {stored.mode.value}")
+    if undo_file is not None and os.path.lexists(undo_file):
+        raise Invalid(f"{os.fspath(undo_file)}: it exists already; an undo file is never overwritten")
+    # What the plan relies on, and the undo file keeps, must be what a power cut would leave.
+    storage.fence("repair.fence")
+    planned = plan_storage(storage, stored.mode if stored else mode or Mode.ALL, progress=progress)
+    if stored is not None and stored.digest != planned.digest:
+        raise Invalid(f"{storage.name}: the image is no longer the one that was planned for; make a new plan")
+    if planned.empty:
+        return Repaired(planned, None)
+    log = UndoLog.of(storage, planned.operations, planned.new_bytes)
+    if undo_file is not None:
+        with NewFile(undo_file) as new:
+            new.storage.writev(0, (log.encode(),), "undo.write")
+            new.publish()
+    check_storage(GuardedStorage(storage, log), repair=planned.mode)
+    return Repaired(planned, None if undo_file is None else os.fspath(undo_file))
+
+
+def undo(path: str | os.PathLike[str], undo_file: str | os.PathLike[str]) -> int:
+    """Take a repair of the image at ``path`` back, also one that a crash stopped; returns the bytes put back. Run again after
+    a crash, it comes to its end.
+
+    Raises Corrupt for what is no undo file, Invalid where the image is not as the repair left it, StorageFailed.
+    """
+    log = UndoLog.decode(_whole_file(undo_file, MAX_LOG_BYTES, "an undo file"), os.fspath(undo_file))
+    storage = FileStorage.open(path, writable=True)
     try:
-        start = bytearray(len(_MAGIC) + 8)
-        if storage.readv(0, (start,)) < len(start) or start[: len(_MAGIC)] != _MAGIC:
-            raise wrong
-        (length,) = struct.unpack(">Q", start[len(_MAGIC) :])
-        if length > min(_MAX_HEADER_BYTES, storage.size()):
-            raise wrong
-        encoded = bytearray(length)
-        storage.readv(len(start), (encoded,))
-        payload = bytearray(storage.size() - len(start) - length)
-        storage.readv(len(start) + length, (payload,))
+        return undo_storage(storage, log)
     finally:
         storage.close()
+
+
+def undo_storage(storage: Storage, log: UndoLog) -> int:
+    """The same for an image in an open storage, which stays open."""
+    log.check(storage)
+    log.restore(storage)
+    return len(log.sectors) * SECTOR_BYTES
+
+
+def _whole_file(path: str | os.PathLike[str], limit_bytes: int, what: str) -> bytes:
+    file = FileStorage.open(path, lock=False, allow_devices=False)
     try:
-        header = json.loads(encoded)
-        sizes = header["size-before"], header["size-after"]
-        ranges = [(int(offset), int(size)) for offset, size in header["ranges"]]
-        good = header["sha256"] == _digest(bytes(payload)) and sum(size for _, size in ranges) * 2 == len(payload)
-        good = good and all(isinstance(size, int) and size >= 0 for size in sizes)
-        good = good and all(offset >= 0 and size > 0 and offset + size <= max(sizes) for offset, size in ranges)
-    except (ValueError, KeyError, TypeError, Corrupt):
-        raise wrong from None
-    if not good:
-        raise wrong
-    changes, at = [], 0
-    for offset, size in ranges:
-        before, after = bytes(payload[at : at + size]), bytes(payload[at + size : at + 2 * size])
-        changes.append(Changed(offset, before, after))
-        at += 2 * size
-    return int(sizes[0]), int(sizes[1]), changes
+        if file.size() > limit_bytes:
+            raise Corrupt(file.name, f"it is too long for {what}")
+        data = bytearray(file.size())
+        read_padded(file, 0, data)
+        return bytes(data)
+    finally:
+        file.close()

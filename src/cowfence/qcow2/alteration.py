@@ -16,7 +16,7 @@ survive is one that did not happen, or did: each LINK is atomic by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from cowfence.errors import CowfenceError, ReadOnly
@@ -62,6 +62,11 @@ class Alteration:
         if self._bitmaps is not None:
             self._bitmaps.resized()
             self._bitmaps.mark(0, self.state.size)
+
+    def after_move(self, tables: Mapping[int, int]) -> None:
+        """Tables of bitmaps stand elsewhere now; offsets in bytes, old and new."""
+        if self._bitmaps is not None:
+            self._bitmaps.moved(tables)
 
     def after_resize(self, old_size_bytes: int) -> None:
         """The disk has become longer or shorter, and the state has been read again: what is new of it counts as changed."""

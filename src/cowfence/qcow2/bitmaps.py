@@ -16,7 +16,7 @@ are kept, and marked in use if they should record. A directory that cannot be re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol, TypeVar
 
@@ -263,6 +263,12 @@ class Bitmaps:
             self._bits(held)
             held.stored = False
         self._store(alteration, closing=False, all_in_use=True)
+
+    def moved(self, tables: Mapping[int, int]) -> None:
+        """Tables stand elsewhere now, with the same content; by their old offset, in bytes."""
+        for held in (self._held or {}).values():
+            if held.entry.table_offset in tables:
+                held.entry = held.entry._replace(table_offset=tables[held.entry.table_offset])
 
     def resized(self) -> None:
         """The disk has its new size."""

@@ -47,7 +47,7 @@ class Trees:
         self._state = state
         self._file = ImageFile(state.storage)
         self._survey = survey(state.storage)
-        _refuse_damage(self._survey, state.storage.name)
+        refuse_damage(self._survey, state.storage.name)
         self._stored: Counts = self._survey.census.stored
         """The count of each cluster, with what was written here."""
         self._raised: Counts | None = None
@@ -243,7 +243,8 @@ class Trees:
         return judge.ramp_starts[np.searchsorted(judge.tables.clusters, clusters)]
 
 
-def _refuse_damage(found: Survey, name: str) -> None:
+def refuse_damage(found: Survey, name: str) -> None:
+    """Raises Corrupt where counts cannot be trusted, or references may be hidden."""
     report = found.report
     if report.fatal or not report.complete or report.refcounts_damaged:
         finding = next((finding for finding in report.findings if finding.grade is Grade.FATAL), None)
