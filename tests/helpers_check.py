@@ -113,11 +113,11 @@ class Scalpel:
         return MemoryStorage(bytes(self.data), writable=writable)
 
 
-def guest_clusters(data: bytes) -> list[bytes | None]:
-    """What the guest reads, cluster by cluster; None where the image does not let it."""
+def guest_clusters(data: bytes, *, most: int | None = None) -> list[bytes | None]:
+    """What the guest reads, cluster by cluster (the first ``most``); None where the image does not let it."""
     found: list[bytes | None] = []
     with open_image(MemoryStorage(data, writable=False), backing=None, writable=False, options=QUIET) as disk:
-        for offset in range(0, disk.size, disk.block_bytes):
+        for offset in range(0, disk.size, disk.block_bytes)[:most]:
             try:
                 found.append(disk.read(offset, min(disk.block_bytes, disk.size - offset)))
             except CowfenceError:

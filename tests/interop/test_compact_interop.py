@@ -110,7 +110,7 @@ def test_encrypted(method: str, tmp_path: Path) -> None:
             "-f",
             "qcow2",
             "-o",
-            f"encrypt.format={method},encrypt.key-secret=one",
+            f"encrypt.format={method},encrypt.key-secret=one{',encrypt.iter-time=10' if method == 'luks' else ''}",
             image,
             "8M",
         ]
