@@ -84,14 +84,8 @@ class ImageStream:
         """Ranges of the window that were handed on."""
         self._owned: set[int] = set()
         """Clusters of the window that one entry leads to, and no other may."""
-        table_bytes = self.header.refcount_table_clusters * self.geometry.cluster_bytes
-        self._nobodys = (
-            range(1),
-            range(
-                self.header.refcount_table_offset >> self.geometry.cluster_bits,
-                self.header.refcount_table_offset + table_bytes >> self.geometry.cluster_bits,
-            ),
-        )
+        self._blocks: list[int] = []
+        """Clusters of the refcount blocks, in order: nobody wants them."""
 
     @property
     def _end(self) -> int:
@@ -101,13 +95,17 @@ class ImageStream:
         """The guest's clusters that are not zeros, in the order in which they arrive. Raises Corrupt, and Invalid where more
         would have to be kept than is allowed."""
         header = self.header
+        table_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
+        self._expect(iter([_Job(header.refcount_table_offset, table_bytes, Kind.REFCOUNT_TABLE, 0, None)]))
         if header.l1_entries:
             self._expect(iter([_Job(header.l1_offset, header.l1_entries * 8, Kind.L1, 0, None)]))
         while True:
             while self._jobs and (self._ended or self._jobs[0][2].start + self._jobs[0][2].length_bytes <= self._end):
                 job = self._next_job()
                 data = self._bytes(job)
-                if job.kind is Kind.L1:
+                if job.kind is Kind.REFCOUNT_TABLE:
+                    self._blocks = self._blocks_of(data)
+                elif job.kind is Kind.L1:
                     self._expect(self._jobs_of_l1(data))
                 elif job.kind is Kind.L2:
                     self._expect(self._jobs_of_l2(job.number, data))
@@ -143,7 +141,8 @@ class ImageStream:
         self._owned = {cluster for cluster in self._owned if cluster >= until >> bits}
 
     def _is_taken(self, cluster: int) -> bool:
-        if any(cluster in part for part in self._nobodys):
+        at = bisect_left(self._blocks, cluster)
+        if not cluster or (at < len(self._blocks) and self._blocks[at] == cluster):
             return True
         start = cluster << self.geometry.cluster_bits
         end = start + self.geometry.cluster_bytes
@@ -205,6 +204,10 @@ class ImageStream:
             parts += self._window[: end - self._base]
         within = start - (start >> bits << bits)
         return bytes(parts[within : within + end - start])
+
+    def _blocks_of(self, data: bytes) -> list[int]:
+        table = Table.from_bytes(Kind.REFCOUNT_TABLE, 0, self.header.refcount_table_offset, bytearray(data))
+        return sorted(entry >> self.geometry.cluster_bits for entry in table.entries if entry)
 
     def _jobs_of_l1(self, data: bytes) -> Iterator[_Job]:
         """The L2 tables, in the order in which they stand in the file."""
