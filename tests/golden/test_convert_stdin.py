@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,16 @@ def test_what_keeps_nothing_needs_no_room(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes()[:_SIZE] == (folder / "a.raw").read_bytes()
 
 
+@pytest.mark.parametrize("options", ["", "-o cluster_size=512", "-o refcount_bits=64,cluster_size=4k"])
+def test_of_tables_in_front_nothing_is_kept(folder: Path, tmp_path: Path, options: str) -> None:
+    """Read in small parts, so that no table waits in memory by chance."""
+    line = f"{sys.executable} -m cowfence.cli.main convert -O qcow2 {options} used - | cat > {tmp_path / 'front'}"
+    subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=folder, check=True)
+    pipe: Any = _Bytes((tmp_path / "front").read_bytes(), random.Random(1), most=5000)
+    convert_stream(Qcow2Stream(pipe, spool_bytes=0), "-", tmp_path / "out", CreateOptions("raw"))
+    run(["qemu-img", "compare", "-F", "raw", folder / "used", tmp_path / "out"])
+
+
 def test_what_is_kept_is_bounded(folder: Path, tmp_path: Path) -> None:
     done = _piped(folder, "-O raw --spool-limit 64k", "behind", str(tmp_path / "out"))
     assert done.returncode == 1
@@ -141,12 +152,13 @@ class _Bytes:
 
     name = "pipe"
 
-    def __init__(self, content: bytes, rng: random.Random) -> None:
+    def __init__(self, content: bytes, rng: random.Random, most: int = 1 << 30) -> None:
+        self._most = most
         self._file = io.BytesIO(content)
         self._rng = rng
 
     def read(self, length_bytes: int) -> bytes:
-        return self._file.read(self._rng.randrange(1, length_bytes + 1))
+        return self._file.read(self._rng.randrange(1, min(length_bytes, self._most) + 1))
 
 
 @pytest.mark.parametrize("image", ["small", "used", "compressed"])

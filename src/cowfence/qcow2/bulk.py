@@ -43,12 +43,13 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where the tables stand, as clusters, one kind behind the other; ``end``: the cluster behind them."""
+    """Where the tables stand, as clusters, one kind behind the other, each behind what leads to it, so that who reads them once
+    knows what comes; ``end``: the cluster behind them."""
 
-    l2: int
     l1: int
     refcount_table: int
     refcount_blocks: int
+    l2: int
     end: int
 
 
@@ -203,9 +204,9 @@ class BulkImage:
         geometry = self.geometry
         l1_clusters = geometry.clusters_for(geometry.l1_entries_for(self._wanted.size_bytes) * 8)
         table_clusters, blocks = refcount_shape(geometry, len(self._counts) + len(self._l2) + l1_clusters)
-        l1 = first + len(self._l2)
-        table = l1 + l1_clusters
-        return _Places(first, l1, table, table + table_clusters, table + table_clusters + blocks)
+        table = first + l1_clusters
+        l2 = table + table_clusters + blocks
+        return _Places(first, table, table + table_clusters, l2, l2 + len(self._l2))
 
     def _write_tables(
         self, storage: Target, places: _Places, l2: dict[int, NDArray[np.uint64]], counts: NDArray[np.uint64]
@@ -232,14 +233,12 @@ class BulkImage:
             storage.writev(cluster_bytes, (self._wanted.luks_area,), "create.luks")
         l1 = Table.empty_table(l1_clusters * cluster_bytes)
         for number, index in enumerate(sorted(l2)):
-            offset = places.l2 + number << bits
-            l1.entries[index] = offset | COPIED
-            storage.writev(offset, (l2[index].astype(">u8").tobytes(),), "create.l2")
+            l1.entries[index] = places.l2 + number << bits | COPIED
         if l1_clusters:
             storage.writev(places.l1 << bits, (l1.content(),), "create.l1")
         per_block = geometry.refcounts_per_block
         table = Table.empty_table(table_clusters * cluster_bytes)
-        blocks = range(places.refcount_blocks, places.end)
+        blocks = range(places.refcount_blocks, places.l2)
         for index, cluster in enumerate(blocks):
             table.entries[index] = cluster << bits
         storage.writev(places.refcount_table << bits, (table.content(),), "create.refcounts")
@@ -248,3 +247,5 @@ class BulkImage:
             counted = counts[index * per_block : (index + 1) * per_block]
             part[: len(counted)] = counted
             storage.writev(cluster << bits, (counts_bytes(part, geometry.refcount_bits),), "create.refcounts")
+        for number, index in enumerate(sorted(l2)):
+            storage.writev(places.l2 + number << bits, (l2[index].astype(">u8").tobytes(),), "create.l2")

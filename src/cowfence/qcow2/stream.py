@@ -142,7 +142,8 @@ class ImageStream:
 
     def _is_taken(self, cluster: int) -> bool:
         at = bisect_left(self._blocks, cluster)
-        if not cluster or (at < len(self._blocks) and self._blocks[at] == cluster):
+        # An L1 table need not fill its last cluster.
+        if not cluster or cluster in self._owned or (at < len(self._blocks) and self._blocks[at] == cluster):
             return True
         start = cluster << self.geometry.cluster_bits
         end = start + self.geometry.cluster_bytes
