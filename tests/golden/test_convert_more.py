@@ -252,3 +252,20 @@ def test_what_fails_before_publishing_leaves_nothing(folder: Path, tmp_path: Pat
     ):
         convert_disk(disk, "a.raw", tmp_path / "out", CreateOptions(), How(), before_publishing=fails)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--effort best",
+        "-c -O qcow2 --spool-limit 1G",
+        "--dry-run --verify",
+        "--dry-run --rate-limit 1M",
+        "--dry-run -t none",
+        "-n --target-image-opts -O qcow2",
+    ],
+)
+def test_what_would_be_ignored_is_refused(folder: Path, tmp_path: Path, words: str) -> None:
+    done = command("convert", "-f", "raw", *words.split(), "a.raw", tmp_path / "out", cwd=folder, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert not list(tmp_path.iterdir())

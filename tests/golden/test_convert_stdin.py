@@ -107,6 +107,16 @@ def test_a_raw_disk_from_a_pipe(folder: Path, tmp_path: Path, words: str) -> Non
     run(["qemu-img", "compare", "-f", "raw", "-F", format_name, folder / "a.raw", tmp_path / "out"])
 
 
+def test_what_goes_by_way_of_a_file_is_bounded_too(folder: Path, tmp_path: Path) -> None:
+    words = "-f raw -O qcow2 -o preallocation=metadata --spool-limit"
+    done = _piped(folder, f"{words} 64k", "a.raw", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "more than 65536 bytes" in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert not _piped(folder, f"{words} 4M", "a.raw", str(tmp_path / "out")).returncode
+    run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", folder / "a.raw", tmp_path / "out"])
+
+
 def test_from_pipe_to_pipe(folder: Path) -> None:
     line = f"cat used | {sys.executable} -m cowfence.cli.main convert -c -O qcow2 - - | cat > through"
     assert not subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=folder, check=False).returncode

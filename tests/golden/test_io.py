@@ -8,10 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cowfence.cli.io_commands import carry_out
+from cowfence.cli.io_language import Session
 from helpers_cli import ENVIRONMENT
 from judges import require, run
 
@@ -203,28 +208,29 @@ def test_help_of_a_command(images: Path, name: str) -> None:
         assert option in theirs.stdout
 
 
-def test_what_is_in_flight_overlaps(tmp_path: Path) -> None:
-    """Four reads of a slow server take hardly longer than one."""
-    socket = tmp_path / "socket"
-    (tmp_path / "disk").write_bytes(bytes(MIB))
-    server = subprocess.Popen(
-        [require("nbdkit"), "-f", "-U", str(socket), "--filter=delay", "file", str(tmp_path / "disk"), "rdelay=300ms"]
-    )
-    try:
-        while not socket.exists():
-            assert server.poll() is None
-        words = [word for at in range(4) for word in ("-c", f"aio_read {at * 65536} 64k")]
-        done = subprocess.run(
-            [*_OURS, "-f", "raw", *words, f"nbd+unix:///?socket={socket}"],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.count("read 65536/65536") == 4
-    finally:
-        server.terminate()
-        server.wait()
+class _Meeting:
+    """A disk whose reads end when four of them have begun."""
+
+    size = MIB
+    writable = False
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(4, timeout=10)
+
+    def read_into(self, offset: int, buffer: bytearray, *, wait: bool = True) -> None:  # noqa: ARG002
+        self._barrier.wait()
+
+
+def test_what_is_in_flight_overlaps(capsys: pytest.CaptureFixture[str]) -> None:
+    image: Any = SimpleNamespace(disk=_Meeting(), discards=True)
+    session = Session("cowfence-io", lambda _: image, image)
+    for at in range(4):
+        assert carry_out(session, f"aio_read {at * 65536} 64k")
+    assert carry_out(session, "aio_flush")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "at offset" in line] == [
+        f"read 65536/65536 bytes at offset {at * 65536}" for at in range(4)
+    ]
 
 
 def test_a_full_host_is_said(tmp_path: Path) -> None:
@@ -235,5 +241,6 @@ def test_a_full_host_is_said(tmp_path: Path) -> None:
     assert "write failed: No space left on device" in done.stdout
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    run(["qemu-img", "check", "-q", image], check=False)
+    # Clusters may leak, and nothing may be wrong.
+    assert run(["qemu-img", "check", "-q", image], check=False).returncode in (0, 3)
     assert os.path.getsize(image) <= 300 * 1024

@@ -178,4 +178,6 @@ def test_the_library(tmp_path: Path) -> None:
     assert inspect(path).accepted
     assert not inspect(path, limits=Limits(virtual_bytes=MIB)).accepted
     assert not inspect(path, format="raw").accepted
-    assert "\n" not in command("inspect", path).stdout.splitlines()[0]
+    hostile = tmp_path / "name\nof two lines"
+    path.rename(hostile)
+    assert "'name\\nof two lines'" in command("inspect", hostile.name, cwd=tmp_path).stdout.splitlines()[0]

@@ -7,7 +7,6 @@ describe what is left. Each finding is a line on stderr.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -39,8 +38,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # numpy's BLAS, which a check does not use, would start a thread for each processor: a tenth of the whole run.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if arguments.repair is not None and arguments.force_share:
         raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
     if arguments.explain and arguments.quiet:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from cowfence.cli.main import add_output_option, print_json
 from cowfence.cli.progress import add_progress_option, shown
@@ -23,7 +22,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from cowfence.ops.compact import compact
 
     with shown(arguments) as progress:

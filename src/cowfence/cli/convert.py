@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
+from cowfence.cli.formats import not_qcow2
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, size_bytes
 from cowfence.cli.progress import add_progress_option, shown_bytes
 from cowfence.cli.secrets import add_secret_options, secret_named
@@ -19,7 +20,7 @@ from cowfence.codec import Effort
 from cowfence.disk.base import Disk
 from cowfence.disk.joined import JoinedDisk
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, NotThisFormat, Unsupported
+from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.convert import (
     Converted,
     How,
@@ -35,6 +36,7 @@ from cowfence.ops.convert import (
 )
 from cowfence.ops.streams import Pipe, Qcow2Stream, RawStream
 from cowfence.qcow2.image import Qcow2Disk
+from cowfence.qcow2.stream import DEFAULT_SPOOL_BYTES
 from cowfence.units import KIB, parse_size
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", metavar="FORMAT", help="format of the sources (default: qcow2 if it looks so)")
-    parser.add_argument("-O", dest="target_format", metavar="FORMAT", default="raw", help="qcow2 or raw (default: raw)")
+    parser.add_argument("-O", dest="target_format", metavar="FORMAT", help="qcow2 or raw (default: raw)")
     parser.add_argument(
         "-o", dest="options", action="append", default=[], metavar="OPTIONS", help="of the new image; see -o help"
     )
@@ -65,17 +67,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--effort",
         type=Effort,
         choices=list(Effort),
-        default=Effort.FAST,
         metavar="EFFORT",
-        help="of the compressor: fastest, fast (default), good, best",
+        help="of the compressor, with -c: fastest, fast (default), good, best",
     )
     parser.add_argument("--verify", action="store_true", help="read the new image back and compare, before it gets its name")
     parser.add_argument("--dry-run", action="store_true", help="write nothing; tell what the image would take")
     parser.add_argument(
         "--spool-limit",
         metavar="SIZE",
-        default="1G",
-        help="of a qcow2 image in a pipe: keep so much aside at most (default: 1G)",
+        help="of what comes from a pipe: keep so much aside at most (default: 1G)",
     )
     parser.add_argument("--target-image-opts", action="store_true", help="the target is driver=...,file.filename=... (with -n)")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning")
@@ -145,10 +145,14 @@ def _from_pipe(arguments: argparse.Namespace, sources: list[str], target: str, h
                 converted = convert_stream(stream, "-", target, options, how, direct=direct, progress=progress)
                 _report(arguments, converted, target, 0)
                 return 0
-        disk = stack.enter_context(spooled(stream, how))
+        disk = stack.enter_context(spooled(stream, how, limit_bytes=_spool_bytes(arguments)))
         converted, file_bytes = _convert(arguments, disk, "-", target, how, progress)
     _report(arguments, converted, target, file_bytes)
     return 0
+
+
+def _spool_bytes(arguments: argparse.Namespace) -> int:
+    return DEFAULT_SPOOL_BYTES if arguments.spool_limit is None else size_bytes(arguments.spool_limit)
 
 
 def _stream(arguments: argparse.Namespace) -> RawStream | Qcow2Stream:
@@ -159,8 +163,8 @@ def _stream(arguments: argparse.Namespace) -> RawStream | Qcow2Stream:
     if arguments.format == "raw":
         return RawStream(pipe)
     if arguments.format is None and not looks_qcow2:
-        raise NotThisFormat(pipe.name, "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")
-    return Qcow2Stream(pipe, spool_bytes=size_bytes(arguments.spool_limit))
+        raise not_qcow2(pipe.name)
+    return Qcow2Stream(pipe, spool_bytes=_spool_bytes(arguments))
 
 
 def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
@@ -171,6 +175,7 @@ def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
             (arguments.bitmaps, "--bitmaps"),
             (arguments.verify, "--verify"),
             (arguments.output == "json", "--output=json"),
+            (arguments.target_cache is not None, "-t"),
         ):
             if given:
                 raise Invalid(f"{option} and a target of - (standard output) do not go together")
@@ -178,6 +183,21 @@ def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
             raise Invalid("standard output is a terminal; an image is not written there")
     if arguments.target_image_opts and not arguments.existing:
         raise Invalid("--target-image-opts requires use of -n flag")
+    if arguments.target_image_opts and arguments.target_format is not None:
+        raise Invalid("--image-opts and --format are mutually exclusive")
+    if arguments.effort is not None and not arguments.compress:
+        raise Invalid("--effort is of the compressor: it goes with -c")
+    if arguments.spool_limit is not None and "-" not in arguments.names[:-1]:
+        raise Invalid("--spool-limit is for a source of - (standard input)")
+    if arguments.dry_run:
+        for given, option in (
+            (arguments.bitmaps, "--bitmaps"),
+            (arguments.verify, "--verify"),
+            (arguments.rate is not None, "--rate-limit"),
+            (arguments.target_cache is not None, "-t"),
+        ):
+            if given:
+                raise Invalid(f"{option} and --dry-run do not go together: nothing is written")
     if arguments.existing and (arguments.verify or arguments.dry_run):
         raise Unsupported("-n", f"{'--verify' if arguments.verify else '--dry-run'} with an existing target")
     if arguments.existing and arguments.bitmaps and target.startswith(PROTOCOLS):
@@ -210,7 +230,7 @@ def _how(arguments: argparse.Namespace) -> How:
         rate_bytes=None if arguments.rate is None else size_bytes(arguments.rate),
         salvage=arguments.salvage,
         target_is_zero=arguments.target_is_zero,
-        effort=arguments.effort,
+        effort=arguments.effort or Effort.FAST,
     )
 
 
@@ -261,7 +281,7 @@ def _options(arguments: argparse.Namespace, target: str) -> CreateOptions:
     given = parse_options(arguments.options, target)
     given.take("backing_file", arguments.backing, "the backing file")
     given.take("backing_fmt", arguments.backing_format, "the backing format")
-    return given.create_options(arguments.target_format, partial(secret_named, arguments))
+    return given.create_options(arguments.target_format or "raw", partial(secret_named, arguments))
 
 
 def _convert_into(

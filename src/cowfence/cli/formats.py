@@ -35,5 +35,10 @@ def looked_at(image: str) -> str:
     finally:
         storage.close()
     if found == "unknown":
-        raise NotThisFormat(printable(image), "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")
+        raise not_qcow2(image)
     return found
+
+
+def not_qcow2(image: str) -> NotThisFormat:
+    """Of what has no magic string, where nobody has said what it is."""
+    return NotThisFormat(printable(image), "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")

@@ -10,8 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.formats import looked_at
-from cowfence.cli.secrets import secret_named, secrets_of
-from cowfence.cli.sources import CACHES, PROTOCOLS, parse_source
+from cowfence.cli.sources import CACHES, PROTOCOLS, parse_source, secrets_for
 from cowfence.disk.opener import Refs
 from cowfence.errors import Invalid, Unsupported
 
@@ -48,6 +47,7 @@ class Image:
         self._arguments = arguments
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         source = parse_source(wish.name, image_opts=wish.described)
+        self._source = source
         self.path = source.name
         self.format = source.format or wish.format
         if source.name.startswith(PROTOCOLS):
@@ -55,7 +55,6 @@ class Image:
             return
         if self.format is None:
             self.format = looked_at(self.path)
-        self._secret = source.secret
         self.disk = self._open_overlay() if wish.temporary else self._open_file(self.path, self.format)
 
     def _open_nbd(self) -> Disk:
@@ -70,10 +69,6 @@ class Image:
         import cowfence
         from cowfence.qcow2.image import CacheMode
 
-        secrets = secrets_of(self._arguments)
-        if self._secret is not None:
-            value = secret_named(self._arguments, self._secret)
-            secrets = lambda _: [value]  # noqa: E731
         wish = self.wish
         opened = partial(
             cowfence.open,
@@ -83,7 +78,7 @@ class Image:
             refs=refs,
             direct=wish.cache in ("none", "directsync"),
             force_share=wish.force_share,
-            secret=secrets,
+            secret=secrets_for(self._source, self._arguments),
         )
         if format_name != "qcow2":
             return opened()

@@ -7,7 +7,6 @@ plan; ``--undo-from`` takes a repair back. The exit code of a plan and of a repa
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from cowfence.cli.main import add_output_option, complain, one_line, print_json
@@ -41,7 +40,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _refuse_what_makes_no_sense(arguments)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from cowfence.ops.check import NoCheck
 
     try:

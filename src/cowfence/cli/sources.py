@@ -13,15 +13,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cowfence.cli.formats import looked_at
+from cowfence.cli.formats import looked_at, not_qcow2
 from cowfence.cli.main import references
 from cowfence.cli.secrets import secret_named, secrets_of
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, NotThisFormat, ReadOnly, Unsupported
+from cowfence.errors import Invalid, ReadOnly, Unsupported
 from cowfence.storage.remote import SCHEMES, is_remote
 
 if TYPE_CHECKING:
     from cowfence.disk.base import Disk
+    from cowfence.qcow2.encryption import Secrets
 
 _FORMATS: Final = ("qcow2", "raw", "luks")
 CACHES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -125,6 +126,14 @@ def _nbd_uri(options: dict[str, str], shown: str) -> str:
     raise Invalid(f"{shown}: an NBD server needs a path, or a host")
 
 
+def secrets_for(source: Source, arguments: argparse.Namespace) -> Secrets | None:
+    """What opens it: the secret that it names, or else every one that was given."""
+    if source.secret is None:
+        return secrets_of(arguments)
+    value = secret_named(arguments, source.secret)
+    return lambda _: [value]
+
+
 def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | None, snapshot: str | None = None) -> Disk:
     """The disk that ``text`` names, for reading. ``format_name``: that of ``-f``. Raises Invalid, Unsupported, and as
     ``chain.open_chain`` and the NBD client do."""
@@ -143,17 +152,13 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         chosen = looked_at(source.name)
     if chosen not in _FORMATS:
         raise Unsupported(printable(source.name), f"the format {chosen!a}; here are {', '.join(_FORMATS)}")
-    secrets = secrets_of(arguments)
-    if source.secret is not None:
-        value = secret_named(arguments, source.secret)
-        secrets = lambda _: [value]  # noqa: E731
     return open_chain(
         source.name,
         format=chosen,
         refs=references(arguments, source.name),
         force_share=getattr(arguments, "force_share", False),
         assume_backing_format=arguments.assume_backing_format,
-        secrets=secrets,
+        secrets=secrets_for(source, arguments),
         snapshot=snapshot,
         direct=getattr(arguments, "source_cache", None) in ("none", "directsync"),
     )
@@ -178,15 +183,11 @@ def _open_remote(source: Source, arguments: argparse.Namespace, format_name: str
                 raise Invalid(f"{shown}: an internal snapshot is read from a qcow2 image, and never written")
             return RawDisk(storage)
         if chosen is None and probe(storage) == "unknown":
-            raise NotThisFormat(shown, "not a qcow2 image (at offset 0: no magic string); if it is raw, add -f raw")
+            raise not_qcow2(source.name)
         header = read_header(storage)
         if header.backing_name is not None or header.geometry.external_data:
             raise Unsupported(shown, "a backing file or an external data file of an image behind a URL")
-        secrets = secrets_of(arguments)
-        if source.secret is not None:
-            value = secret_named(arguments, source.secret)
-            secrets = lambda _: [value]  # noqa: E731
-        return open_image(storage, backing=None, writable=False, snapshot=snapshot, secrets=secrets)
+        return open_image(storage, backing=None, writable=False, snapshot=snapshot, secrets=secrets_for(source, arguments))
     except BaseException:
         storage.close()
         raise
@@ -196,7 +197,7 @@ def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
     """The existing disk that ``text`` names, for writing, and its format: that of ``-O``, or what ``--target-image-opts`` says.
     Raises as ``open_source`` does, and ReadOnly for an export that is."""
     target = parse_source(text, image_opts=arguments.target_image_opts)
-    format_name = target.format or ("raw" if arguments.target_image_opts else arguments.target_format)
+    format_name = target.format or arguments.target_format or "raw"
     if target.name.startswith(PROTOCOLS):
         disk = _open_nbd(target, format_name, None)
         if not disk.writable:
@@ -205,17 +206,13 @@ def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
         return disk, "raw"
     import cowfence
 
-    secrets = secrets_of(arguments)
-    if target.secret is not None:
-        value = secret_named(arguments, target.secret)
-        secrets = lambda _: [value]  # noqa: E731
     disk = cowfence.open(
         target.name,
         format=format_name,
         writable=True,
         refs=references(arguments, target.name),
         direct=arguments.target_cache in ("none", "directsync"),
-        secret=secrets,
+        secret=secrets_for(target, arguments),
     )
     return disk, format_name
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from cowfence.ops.sinks import DiskSink, QcowSink, RawSink
 from cowfence.ops.streams import Qcow2Stream, RawStream
 from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.image import Qcow2Disk
+from cowfence.storage.base import Buffer
 from cowfence.storage.file import FileStorage
 from cowfence.storage.pipe import Nowhere, PipeWriter
 from cowfence.storage.publish import NewFile
@@ -131,9 +133,7 @@ def convert_disk(
     Raises Invalid, Unsupported, NoSpace, and as ``storage.publish`` does; then nothing is left.
     """
     how = how or How()
-    _check(how, options, os.fspath(target))
-    settled = settle(target, replace(options, size_bytes=disk.size))
-    supply = DiskSupply(disk, how, below_bytes=_below_bytes(target, settled))
+    settled, supply = _begun(disk, target, options, how)
     work = Work(supply, how, progress)
     _into_new(work, target, settled, how, direct=direct, before_publishing=before_publishing)
     return _converted(source, os.fspath(target), options.format, supply, work)
@@ -180,6 +180,13 @@ def _converted(source: str, target: str, format_name: str, supply: DiskSupply, w
     return Converted(source, target, format_name, supply.size_bytes, work.data_bytes, supply.unreadable)
 
 
+def _begun(disk: Disk, target: str | os.PathLike[str], options: CreateOptions, how: How) -> tuple[CreateOptions, DiskSupply]:
+    """The options of the new image with all that is known now, and where its data comes from. Raises Invalid, Unsupported."""
+    _check(how, options, os.fspath(target))
+    settled = settle(target, replace(options, size_bytes=disk.size))
+    return settled, DiskSupply(disk, how, below_bytes=_below_bytes(target, settled))
+
+
 def _below_bytes(target: str | os.PathLike[str], settled: CreateOptions) -> int | None:
     if settled.backing is None or settled.backing_format is None:
         return None
@@ -202,11 +209,9 @@ def convert_to_pipe(
     """
     how = how or How()
     name = "standard output"
-    _check(how, options, name)
     if options.data_file is not None or options.preallocation != "off":
         raise Unsupported(name, "an external data file, or preallocation, of an image in a pipe")
-    settled = settle(_BESIDE_US, replace(options, size_bytes=disk.size))
-    supply = DiskSupply(disk, how, below_bytes=_below_bytes(_BESIDE_US, settled))
+    settled, supply = _begun(disk, _BESIDE_US, options, how)
     pipe = PipeWriter(fd, name)
     if settled.format == "raw":
         work = Work(supply, how, progress)
@@ -231,9 +236,7 @@ def measure_conversion(
     """What ``convert_disk`` would write, and the length that the image's file would have in bytes; reads the source as a
     conversion does, and writes nothing. Raises as ``convert_disk`` does."""
     how = replace(how or How(), rate_bytes=None)
-    _check(how, options, target)
-    settled = settle(target, replace(options, size_bytes=disk.size))
-    supply = DiskSupply(disk, how, below_bytes=_below_bytes(target, settled))
+    settled, supply = _begun(disk, target, options, how)
     work = Work(supply, how, progress)
     nowhere = Nowhere(target)
     work.run(RawSink(nowhere, how) if settled.format == "raw" else QcowSink(nowhere, settled, how, data=_data_nowhere(settled)))
@@ -278,6 +281,30 @@ def convert_stream(
     return Converted(source, os.fspath(target), options.format, stream.size_bytes, work.data_bytes)
 
 
+class _Bounded:
+    """A file that takes so many bytes and no more."""
+
+    def __init__(self, storage: FileStorage, limit_bytes: int) -> None:
+        self.name = storage.name
+        self._storage = storage
+        self._left = limit_bytes
+        self._limit_bytes = limit_bytes
+        self._guard = threading.Lock()
+
+    def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        with self._guard:
+            self._left -= sum(map(len, buffers))
+            if self._left < 0:
+                raise Invalid(
+                    f"{self.name}: this target cannot be made of what comes once, and more than {self._limit_bytes} bytes "
+                    "would have to be kept; allow more, or convert it from a file"
+                )
+        self._storage.writev(offset, buffers, mark)
+
+    def truncate(self, size_bytes: int, mark: str) -> None:
+        self._storage.truncate(size_bytes, mark)
+
+
 def takes_stream(stream: RawStream | Qcow2Stream, options: CreateOptions) -> bool:
     """True if a new image with these options can be made of what comes once: its clusters have to come whole, and its length
     has to be known where space is allocated for all of it."""
@@ -288,11 +315,14 @@ def takes_stream(stream: RawStream | Qcow2Stream, options: CreateOptions) -> boo
 
 
 @contextmanager
-def spooled(stream: RawStream | Qcow2Stream, how: How, *, progress: Progress | None = None) -> Iterator[RawDisk]:
-    """The disk of a stream in a temporary file, as long as the block runs. Raises what reading it does, and NoSpace."""
+def spooled(stream: RawStream | Qcow2Stream, how: How, *, limit_bytes: int) -> Iterator[RawDisk]:
+    """The disk of a stream in a temporary file, as long as the block runs. ``limit_bytes``: of its data, without zeros.
+
+    Raises Invalid where there is more, NoSpace, and what reading the stream does.
+    """
     with tempfile.TemporaryFile() as file:
         storage = FileStorage.from_fd(os.dup(file.fileno()), "temporary file", writable=True)
-        Work(stream, replace(how, rate_bytes=None), progress).run(RawSink(storage, how))
+        Work(stream, replace(how, rate_bytes=None), None).run(RawSink(_Bounded(storage, limit_bytes), how))
         disk = RawDisk(storage)
         try:
             yield disk
@@ -364,6 +394,8 @@ def _raw_sink(new: NewFile, settled: CreateOptions, size_bytes: int, how: How) -
     if not new.in_place:
         write_empty(new.storage, settled)
         return RawSink(new.storage, how)
+    if settled.preallocation != "off":
+        raise Unsupported(new.path, f"preallocation={settled.preallocation} of a block device")
     if new.storage.size() < size_bytes:
         raise NoSpace(f"{new.path}: the device has {new.storage.size()} bytes, {size_bytes} are needed")
     new.storage.zero(0, size_bytes, "convert.zero")

@@ -309,10 +309,9 @@ def _hits(words: Words, cluster: int, geometry: Geometry) -> Iterator[tuple[int,
     step = geometry.l2_entry_words
     entries = words[::step]
     packed = (entries & np.uint64(COMPRESSED)) != 0
-    plain = ~packed & (
-        entries & np.uint64(OFFSET_MASK) >> np.uint64(geometry.cluster_bits) << np.uint64(geometry.cluster_bits) != 0
-    )
-    leads = plain & ((entries & np.uint64(OFFSET_MASK)) >> np.uint64(geometry.cluster_bits) == np.uint64(cluster))
+    # Cluster 0 is the header: an entry without an offset leads nowhere.
+    clusters = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(geometry.cluster_bits)
+    leads = ~packed & (clusters == np.uint64(cluster)) & (clusters != 0)
     for index in np.flatnonzero(leads | packed).tolist():
         entry = int(entries[index]) | (int(words[index * step + 1]) << BITMAP_SHIFT if step > 1 else 0)
         if packed[index]:

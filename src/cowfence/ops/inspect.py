@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from cowfence.errors import Corrupt, CowfenceError, Invalid, NotThisFormat, Refused, Unsupported
+from cowfence.errors import Corrupt, CowfenceError, Invalid, NotThisFormat, Unsupported
 from cowfence.qcow2.extensions import Autoclear, Compatible, Incompatible
 from cowfence.qcow2.header import COMPRESSION_ZSTD, Header, check_bounds, check_overlaps, check_supported, read_header
 from cowfence.qcow2.verify import verify
@@ -193,7 +193,7 @@ def _inspect_references(path: str | os.PathLike[str], verdict: Verdict, refs: Re
 
     try:
         open_chain(path, refs=refs).close()
-    except (Refused, CowfenceError) as error:
+    except CowfenceError as error:
         verdict.reasons.append(_without_name(str(error), os.fspath(path)))
 
 

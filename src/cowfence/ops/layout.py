@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cowfence.ops.explain import bitmap_clusters
 from cowfence.qcow2.entries import COMPRESSED
-from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.verify import Survey, survey
 from cowfence.storage.file import FileStorage
 
@@ -110,9 +109,7 @@ def _compressed(found: Survey) -> NDArray[np.bool_]:
     marks = np.zeros(found.census.clusters, bool)
     for _, _, words in found.judge.pieces():
         entries = words.reshape(-1)
-        packed = entries[(entries & np.uint64(COMPRESSED)) != 0] & np.uint64(
-            geometry.compressed_offset_mask & OFFSET_MASK | 511
-        )
+        packed = entries[(entries & np.uint64(COMPRESSED)) != 0] & np.uint64(geometry.compressed_offset_mask)
         numbers = (packed >> np.uint64(geometry.cluster_bits)).astype(np.int64)
         marks[numbers[numbers < len(marks)]] = True
     return marks

@@ -2,8 +2,8 @@
 
 Every table that has arrived tells where others, or data, will stand. What is known to be wanted is handed on as it passes; what
 nobody has asked for when it passes is kept aside, because a table that comes later may lead to it. An image whose tables stand
-before their data (what ``convert`` writes into a pipe, and what qemu-img makes of a disk) needs next to nothing kept; one whose
-tables come last is kept as a whole, up to a limit.
+before their data (what ``convert`` writes into a pipe, and what qemu-img makes of a disk) needs nothing kept, or, compressed,
+the clusters that are not full of streams; one whose tables come last is kept as a whole, up to a limit.
 
 Only the disk is read: snapshots and bitmaps pass by. Memory: 16 MiB of what is kept (the rest goes into a file without a name),
 the tables that data is still expected for, and the L1 table.
@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator
 from heapq import heappop, heappush, heapreplace
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from cowfence.errors import Corrupt, Invalid, Unsupported, from_os_error
+from cowfence.qcow2.census import Words
 from cowfence.qcow2.entries import BadEntry, Compressed, Data, Mapping, Subclustered, decode_l1, decode_l2
-from cowfence.qcow2.geometry import SUBCLUSTERS
+from cowfence.qcow2.geometry import OFFSET_MASK, SUBCLUSTERS
 from cowfence.qcow2.header import check_bounds, check_overlaps, check_supported, cluster_bytes_of, parse_header
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.units import GIB, MIB
@@ -84,7 +87,7 @@ class ImageStream:
         """Ranges of the window that were handed on."""
         self._owned: set[int] = set()
         """Clusters of the window that one entry leads to, and no other may."""
-        self._blocks: list[int] = []
+        self._blocks: Words = np.empty(0, np.uint64)
         """Clusters of the refcount blocks, in order: nobody wants them."""
 
     @property
@@ -141,7 +144,7 @@ class ImageStream:
         self._owned = {cluster for cluster in self._owned if cluster >= until >> bits}
 
     def _is_taken(self, cluster: int) -> bool:
-        at = bisect_left(self._blocks, cluster)
+        at = int(np.searchsorted(self._blocks, np.uint64(cluster)))
         # An L1 table need not fill its last cluster.
         if not cluster or cluster in self._owned or (at < len(self._blocks) and self._blocks[at] == cluster):
             return True
@@ -206,26 +209,24 @@ class ImageStream:
         within = start - (start >> bits << bits)
         return bytes(parts[within : within + end - start])
 
-    def _blocks_of(self, data: bytes) -> list[int]:
-        table = Table.from_bytes(Kind.REFCOUNT_TABLE, 0, self.header.refcount_table_offset, bytearray(data))
-        return sorted(entry >> self.geometry.cluster_bits for entry in table.entries if entry)
+    def _blocks_of(self, data: bytes) -> Words:
+        words = np.frombuffer(data, ">u8").astype(np.uint64)
+        blocks: Words = np.sort(words[words != 0]) >> np.uint64(self.geometry.cluster_bits)
+        return blocks
 
     def _jobs_of_l1(self, data: bytes) -> Iterator[_Job]:
         """The L2 tables, in the order in which they stand in the file."""
-        table = Table.from_bytes(Kind.L1, 0, self.header.l1_offset, bytearray(data))
-        offsets: list[tuple[int, int]] = []
-        for index, entry in enumerate(table.entries):
-            if not entry:
-                continue
+        words = np.frombuffer(data, ">u8").astype(np.uint64)
+        used = np.flatnonzero(words)
+        offsets = words[used] & np.uint64(OFFSET_MASK)
+        # A table of 32 MiB may come from anybody: its entries stay in arrays until their turn comes.
+        for index in used[np.argsort(offsets, kind="stable")]:
             try:
-                found = decode_l1(entry, self.geometry)
+                found = decode_l1(int(words[index]), self.geometry)
             except BadEntry as bad:
-                raise Corrupt(f"{self.name}: L1[{index}]", str(bad)) from None
+                raise Corrupt(f"{self.name}: L1[{int(index)}]", str(bad)) from None
             if found.host_offset is not None:
-                offsets.append((found.host_offset, index))
-        offsets.sort()
-        for offset, index in offsets:
-            yield _Job(offset, self.geometry.cluster_bytes, Kind.L2, index, None)
+                yield _Job(found.host_offset, self.geometry.cluster_bytes, Kind.L2, int(index), None)
 
     def _jobs_of_l2(self, l1_index: int, data: bytes) -> Iterator[_Job]:
         """The data of a table, in the order in which it stands in the file."""

@@ -8,6 +8,7 @@ image would take.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -54,14 +55,19 @@ class PipeWriter:
 
 
 class Nowhere:
-    """Takes everything and keeps nothing but the length that the file would have, and how much of it was written."""
+    """Takes everything, and keeps nothing but the length in bytes that the file would have. Many threads at once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.size_bytes = 0
+        self._guard = threading.Lock()
 
     def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
-        self.size_bytes = max(self.size_bytes, offset + sum(map(len, buffers)))
+        self._reach(offset + sum(map(len, buffers)))
 
     def truncate(self, size_bytes: int, mark: str) -> None:
-        self.size_bytes = max(self.size_bytes, size_bytes)
+        self._reach(size_bytes)
+
+    def _reach(self, end: int) -> None:
+        with self._guard:
+            self.size_bytes = max(self.size_bytes, end)
