@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("Invalid cache mode")
     source = parse_source(arguments.images[0], image_opts=arguments.image_opts)
     mode = {"writethrough": CacheMode.WRITETHROUGH, "directsync": CacheMode.WRITETHROUGH, "unsafe": CacheMode.UNSAFE}
-    format_name = source.format or arguments.format or looked_at(source.name)
+    format_name = source.format or arguments.format or looked_at(source.name, arguments, writes=load.is_write)
     disk = cowfence.open(
         source.name,
         format=format_name,

@@ -1,16 +1,39 @@
-"""``-f`` for subcommands that read a disk: without it the file is looked at, for reading only.
+"""``-f`` for subcommands that read a disk: without it the file is looked at.
 
-What is no qcow2 image is not taken for raw without a word of the user: a truncated or foreign image would pass as a disk.
+``cowfence`` does not take what is no qcow2 image for raw without a word of the user: a truncated or foreign image would pass as
+a disk. The programs that stand in for QEMU's do, as those do, where nothing is written into the disk and the file begins with
+no magic string of another format: scripts rely on it.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Final
 
 from cowfence.disk.opener import printable
-from cowfence.errors import NotThisFormat
+from cowfence.errors import NotThisFormat, Unsupported
 from cowfence.qcow2.describe import probe
 from cowfence.storage.file import FileStorage
+
+if TYPE_CHECKING:
+    from cowfence.storage.base import Storage
+
+STRICT_PROGRAM: Final = "cowfence"
+_MAGICS: Final = {
+    b"LUKS\xba\xbe": "luks",
+    b"QED\0": "qed",
+    b"KDMV": "vmdk",
+    b"COWD": "vmdk",
+    b"# Disk DescriptorFile": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"conectix": "vpc",
+    b"<<< ": "vdi",
+    b"WithoutFreeSpace": "parallels",
+    b"WithouFreSpacExt": "parallels",
+    b"Bochs Virtual HD Image": "bochs",
+}
+"""What formats that QEMU probes begin with."""
+_MAGIC_BYTES: Final = max(map(len, _MAGICS))
 
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +45,33 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def source_format(arguments: argparse.Namespace, image: str) -> str:
-    """The format that ``-f`` gives, or else "qcow2" where the file looks so. Raises NotThisFormat where it does not."""
-    return looked_at(image) if arguments.format is None else str(arguments.format)
+def source_format(arguments: argparse.Namespace, image: str, *, writes: bool = False) -> str:
+    """The format that ``-f`` gives, or else what ``looked_at`` says."""
+    return looked_at(image, arguments, writes=writes) if arguments.format is None else str(arguments.format)
 
 
-def looked_at(image: str) -> str:
-    """ "qcow2" where the file looks so. Raises NotThisFormat where it does not: a raw disk can hold anything."""
+def looked_at(image: str, arguments: argparse.Namespace, *, writes: bool = False) -> str:
+    """The format of the file where nobody said it. ``writes``: into the disk, whose first bytes would then decide next time.
+
+    Raises NotThisFormat for what may or may not be raw, Unsupported for what looks like another format.
+    """
     storage = FileStorage.open(image, lock=False)
     try:
-        found = probe(storage)
+        if probe(storage) == "qcow2":
+            return "qcow2"
+        if arguments.program != STRICT_PROGRAM and not writes:
+            return _other_format(storage, image)
     finally:
         storage.close()
-    if found == "unknown":
-        raise not_qcow2(image)
+    raise not_qcow2(image)
+
+
+def _other_format(storage: Storage, image: str) -> str:
+    start = bytearray(_MAGIC_BYTES)
+    storage.readv(0, (start,))
+    found = next((name for magic, name in _MAGICS.items() if start.startswith(magic)), "raw")
+    if found not in ("raw", "luks"):
+        raise Unsupported(printable(image), f"image format {found!a}; cowfence opens qcow2, raw and luks")
     return found
 
 

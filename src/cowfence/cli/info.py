@@ -1,13 +1,14 @@
 """``cowfence info``: describe an image, in the words of ``qemu-img info``.
 
-Opens exactly the file that is named; ``--backing-chain`` alone goes on. Without ``-f`` the file is looked at, and what is no
-qcow2 image is "unknown": only the user can know that a file is raw.
+Opens exactly the file that is named; ``--backing-chain`` alone goes on. Without ``-f`` the file is looked at (``cli.formats``),
+and what is no qcow2 image is "unknown": only the user can know that a file is raw.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from cowfence.cli.formats import STRICT_PROGRAM, looked_at
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.snapshot_list import snapshot_lines
 from cowfence.ops.info import ImageInfo, info, info_chain
@@ -25,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, format_name, share = arguments.image, arguments.format, arguments.force_share
+    path, share = arguments.image, arguments.force_share
+    # What is not known is shown as such under our own name.
+    format_name = arguments.format or (None if arguments.program == STRICT_PROGRAM else looked_at(path, arguments))
     if arguments.backing_chain:
         found = info_chain(
             path,

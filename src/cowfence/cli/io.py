@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-T", "--trace", metavar="PATTERN", help="refused: there is no tracing here")
     made.add_argument("-U", "--force-share", action="store_true", help="beside another writer")
     made.add_argument("-V", "--version", action="version", version=f"{_PROGRAM} {__version__}")
+    made.set_defaults(program=_PROGRAM)
     add_secret_options(made)
     made.add_argument("file", nargs="?")
     return made

@@ -54,7 +54,7 @@ class Image:
             self.disk: Disk = self._open_nbd()
             return
         if self.format is None:
-            self.format = looked_at(self.path)
+            self.format = looked_at(self.path, arguments, writes=wish.writable and not wish.temporary)
         self.disk = self._open_overlay() if wish.temporary else self._open_file(self.path, self.format)
 
     def _open_nbd(self) -> Disk:

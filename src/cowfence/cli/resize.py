@@ -9,8 +9,9 @@ import argparse
 import re
 
 from cowfence.cli.formats import source_format
-from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references
 from cowfence.cli.secrets import add_secret_options, secrets_of
+from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
 from cowfence.units import parse_size
 
@@ -46,11 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
         size_bytes = parse_size(digits)
     except ValueError as error:
         raise Invalid(str(error)) from None
+    format_name = source_format(arguments, image)
+    if arguments.format is None and format_name == "raw":
+        complain(arguments, f"warning: Image format was not specified for '{printable(image)}' and probing guessed raw.")
     done = resize(
         image,
         size_bytes,
         relative={"+": 1, "-": -1, "": 0}[sign],
-        format=source_format(arguments, image),
+        format=format_name,
         shrink=arguments.shrink,
         preallocation=arguments.preallocation,
         refs=references(arguments, image),

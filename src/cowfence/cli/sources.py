@@ -149,7 +149,7 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
 
     chosen = source.format or format_name
     if chosen is None:
-        chosen = looked_at(source.name)
+        chosen = looked_at(source.name, arguments)
     if chosen not in _FORMATS:
         raise Unsupported(printable(source.name), f"the format {chosen!a}; here are {', '.join(_FORMATS)}")
     return open_chain(

@@ -1,0 +1,122 @@
+"""qemu-img and ``cowfence-img`` side by side: the same lines, each in a folder of its own that holds the same images.
+
+A line is a command line without the program. What is compared: standard output, exit code, standard error, and what is left in
+the folder. In front of a line may stand
+
+- ``~``: the error has other words here, but it is one line (``docs/differences.md`` says why, or it is argparse's);
+- ``!``: qemu-img alone, ``?``: ``cowfence-img`` alone, to prepare or to look; ``>``: qemu-io on both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers_cli import ENVIRONMENT
+from judges import require, run
+
+_SERVER = Path(__file__).with_name("server.py")
+_TIMES = re.compile(
+    r"\d+\.\d+ seconds|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    r"|(?<=disk size: ).*|(?<=\"actual-size\": )\d+|\"(date|clock|vm)-[a-z-]+\": \d+"
+)
+
+
+class Programs:
+    """Ours, started once."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(_SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
+        )
+
+    def run(
+        self, words: list[str], folder: Path, *, program: str = "cowfence-img", stdin: str = "/dev/null"
+    ) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([program, words, str(folder), stdin]), file=self._process.stdin, flush=True)
+        code, out, err = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(words, code, out, err)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def theirs(words: list[str], folder: Path, *, program: str = "qemu-img") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [require(program), *words],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def plain(text: str) -> str:
+    """Without times and without the program's name."""
+    return _TIMES.sub("...", text).replace("cowfence-img", "qemu-img")
+
+
+def errors(text: str) -> str:
+    """What was wrong. getopt and argparse point to the help each in its way."""
+    text = re.sub(r"WARNING: (Image format was not specified .*?\.)\n.*\n.*restrictions\.", r"qemu-img: warning: \1", text)
+    return re.sub(r"; see qemu-img.*|\nTry 'qemu-img --help' for more information|(?<=qemu-img)( \w+)?(?=: )", "", plain(text))
+
+
+def same(programs: Programs, images: Path, tmp_path: Path, script: str) -> None:
+    """Carry out the lines of ``script`` in two copies of ``images``, and compare what each says and what is left."""
+    mine, their = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (mine, their):
+        shutil.copytree(images, folder)
+    for line in filter(None, (line.strip() for line in script.splitlines())):
+        mark, words = (line[0], line[1:].split()) if line[0] in "~!?>" else ("", line.split())
+        if mark == ">":
+            for folder in (mine, their):
+                done = theirs(words, folder, program="qemu-io")
+                assert done.returncode == 0, (line, done.stdout, done.stderr)
+            continue
+        ours = programs.run(words, mine) if mark != "!" else None
+        judge = theirs(words, their) if mark != "?" else None
+        if ours is None or judge is None:
+            alone = ours or judge
+            assert alone is not None
+            assert alone.returncode == 0, (line, alone.stderr)
+            continue
+        assert (plain(ours.stdout), ours.returncode) == (plain(judge.stdout), judge.returncode), (
+            line,
+            ours.stderr,
+            judge.stderr,
+        )
+        assert len(ours.stderr.splitlines()) <= 1, (line, ours.stderr)
+        if mark == "~":
+            assert bool(ours.stderr) == bool(judge.stderr), (line, ours.stderr, judge.stderr)
+        else:
+            assert errors(ours.stderr) == errors(judge.stderr), line
+    same_files(mine, their)
+
+
+def same_files(mine: Path, their: Path) -> None:
+    """The same names; the same disk, described in the same words; and no image of ours that qemu-img's check complains of."""
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (mine, their)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        our_file, their_file = mine / name, their / name
+        if our_file.is_dir() or our_file.read_bytes() == their_file.read_bytes():
+            continue
+        with our_file.open("rb") as file, their_file.open("rb") as other:
+            magics = file.read(4), other.read(4)
+        assert magics == (b"QFI\xfb", b"QFI\xfb"), f"{name}: not the same bytes"
+        described = [theirs(["info", "-U", "--output=json", name], folder) for folder in (mine, their)]
+        assert plain(described[0].stdout) == plain(described[1].stdout)
+        compared = run(["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", our_file, their_file], check=False)
+        assert compared.returncode == 0, (name, compared.stdout, compared.stderr)
+        checked = theirs(["check", name], mine)
+        assert checked.returncode == theirs(["check", name], their).returncode, (name, checked.stdout)
