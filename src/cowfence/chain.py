@@ -29,14 +29,16 @@ from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.header import CRYPT_AES, Header, check_supported, read_header
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
-from cowfence.storage.base import read_exact, read_padded
+from cowfence.storage.base import Storage, read_exact, read_padded
 from cowfence.storage.file import FileStorage
 from cowfence.storage.host import go_direct
 from cowfence.storage.locks import ImageLock
+from cowfence.storage.overlay import OverlayStorage
 from cowfence.units import SECTOR_BYTES
 
 if TYPE_CHECKING:
     from cowfence.qcow2.encryption import Secrets
+    from cowfence.storage.rehearsal import Rehearsal
 
 __all__ = ["FORMATS", "Format", "backing_format_of", "check_format", "lock_reference", "open_chain", "probe"]
 
@@ -64,6 +66,7 @@ def open_chain(
     keeper: bool = False,
     snapshot: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Qcow2Disk: ...
 
 
@@ -84,6 +87,7 @@ def open_chain(
     keeper: bool = False,
     snapshot: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Qcow2Disk | RawDisk: ...
 
 
@@ -103,6 +107,7 @@ def open_chain(
     keeper: bool = False,
     snapshot: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open the image at ``path``, of the given format, and the backing files that it names.
 
@@ -114,7 +119,8 @@ def open_chain(
     record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
     (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode. ``snapshot``: the disk
     as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``: passphrases of encrypted
-    images, asked for by the name of the file.
+    images, asked for by the name of the file. ``rehearsal``: files are opened for reading, and what would be written is kept
+    there.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -124,13 +130,19 @@ def open_chain(
     if assume_backing_format is not None:
         check_format(assume_backing_format, name)
     options = options or Options()
-    if keeper and (format != "qcow2" or not writable or not lock or options.mode is CacheMode.UNSAFE):
+    if keeper and (format != "qcow2" or not writable or not lock or rehearsal or options.mode is CacheMode.UNSAFE):
         raise Invalid(f"{name}: a keeper is for a locked qcow2 image that is open for writing and not in unsafe mode")
     if snapshot is not None and (format != "qcow2" or writable):
         raise Invalid(f"{name}: an internal snapshot is read from a qcow2 image, and never written")
-    storage = FileStorage.open(
-        path, writable=writable, direct=direct, lock=lock, force_share=force_share, allow_devices=allow_devices
+    file = FileStorage.open(
+        path,
+        writable=writable and rehearsal is None,
+        direct=direct,
+        lock=lock,
+        force_share=force_share,
+        allow_devices=allow_devices,
     )
+    storage = file if rehearsal is None or not writable else rehearsal.over(file)
     try:
         if format != "qcow2":
             return _open_plain(storage, format, secrets)
@@ -141,10 +153,11 @@ def open_chain(
             force_share=force_share,
             assume_format=assume_backing_format,
             secrets=secrets,
+            rehearsal=rehearsal,
         )
         return _open_qcow2(
             storage,
-            Place.of_top(storage.fileno(), path, name),
+            Place.of_top(file.fileno(), path, name),
             way,
             writable=writable,
             backing=backing,
@@ -191,6 +204,13 @@ class _Way:
     assume_format: str | None
     secrets: Secrets | None = None
     target: _Target | None = None
+    rehearsal: Rehearsal | None = None
+
+    def lock_reference(self, opened: OpenFile, *, writable: bool) -> Storage:
+        """The storage of a file that the policy opened; writable in the rehearsal, where there is one."""
+        rehearsal = self.rehearsal if writable else None
+        storage = lock_reference(opened, lock=self.lock, force_share=self.force_share, writable=writable and rehearsal is None)
+        return storage if rehearsal is None else rehearsal.over(storage)
 
 
 @dataclass(slots=True)
@@ -207,7 +227,7 @@ class _Target:
 
 
 def _open_qcow2(
-    storage: FileStorage,
+    storage: Storage,
     place: Place,
     way: _Way,
     *,
@@ -224,7 +244,7 @@ def _open_qcow2(
     if header.crypt_method == CRYPT_AES and way.secrets is not None:
         _log.warning("%s: the AES encryption of qcow2 is weak, and kept for old images only; convert it to LUKS", storage.name)
     below: Disk | None = None
-    data: FileStorage | None = None
+    data: Storage | None = None
     journal: Journal | None = None
     try:
         if header.incompatible & Incompatible.DATA_FILE:
@@ -234,6 +254,8 @@ def _open_qcow2(
         if keeper:
             from cowfence.keeper.start import start_keeper  # Starting processes is a heavy module, and seldom asked for.
 
+            assert isinstance(storage, FileStorage)  # since a rehearsal has no keeper
+            assert data is None or isinstance(data, FileStorage)
             journal = start_keeper(storage, data)
         return open_image(
             storage,
@@ -252,7 +274,7 @@ def _open_qcow2(
         raise
 
 
-def _open_plain(storage: FileStorage, format_name: str, secrets: Secrets | None) -> RawDisk:
+def _open_plain(storage: Storage, format_name: str, secrets: Secrets | None) -> RawDisk:
     """A disk without tables, which may be encrypted as a whole. Raises Corrupt, Unsupported, Invalid (its secret)."""
     if format_name == "raw":
         return RawDisk(storage)
@@ -282,29 +304,29 @@ def _open_plain(storage: FileStorage, format_name: str, secrets: Secrets | None)
         return RawDisk(EncryptedStorage(storage, cipher_of(luks, key), luks.payload_sector * SECTOR_BYTES))
 
 
-def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool, direct: bool) -> FileStorage:
+def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool, direct: bool) -> Storage:
     """The external data file of the image at ``place``. Raises Refused where the image does not name it, or names what the
     policy does not allow."""
     kind = "external data file"
     if reference is None:
         raise Refused(place.name, f"the image has an {kind}, but does not name it")
-    opened = way.refs.follow(reference, place, kind=kind, writable=writable)
+    opened = way.refs.follow(reference, place, kind=kind, writable=writable and way.rehearsal is None)
     if direct:
         try:
             go_direct(opened.fd, opened.name)
         except BaseException:
             os.close(opened.fd)
             raise
-    return lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
+    return way.lock_reference(opened, writable=writable)
 
 
 def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Qcow2Disk | RawDisk:
     opened = way.refs.follow(reference, place)
     writable = way.target is not None and way.target.is_at(opened.place)
-    if writable:
+    if writable and way.rehearsal is None:
         os.close(opened.fd)
         opened = way.refs.follow(reference, place, writable=True)
-    storage = lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
+    storage = way.lock_reference(opened, writable=writable)
     try:
         if format_name == "qcow2":
             disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable)
@@ -333,8 +355,8 @@ def open_backing(
     ``refs``: default: trusted, because the caller names it. Raises as ``open_chain`` does.
     """
     check_format(format_name, printable(reference))
-    storage = image.storage
-    assert isinstance(storage, FileStorage)
+    file = image.storage.inner if isinstance(image.storage, OverlayStorage) else image.storage
+    assert isinstance(file, FileStorage)
     way = _Way(
         refs=refs or Refs.trust_all(),
         options=Options(),
@@ -343,7 +365,7 @@ def open_backing(
         assume_format=assume_backing_format,
         secrets=secrets,
     )
-    place = Place.of_top(storage.fileno(), path, printable(os.fspath(path)))
+    place = Place.of_top(file.fileno(), path, printable(os.fspath(path)))
     return _open_backing(reference, next(known for known in FORMATS if known == format_name), place, way)
 
 
@@ -354,10 +376,12 @@ def open_for_commit(
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
     """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
 
-    The disk of the image owns all of them. Raises Invalid where there is no such backing file, and as ``open_chain`` does.
+    The disk of the image owns all of them. ``rehearsal``: see ``open_chain``. Raises Invalid where there is no such backing
+    file, and as ``open_chain`` does.
     """
     name = printable(os.fspath(path))
     identity: Identity | None = None
@@ -370,7 +394,8 @@ def open_for_commit(
             raise Invalid(f"Did not find '{printable(os.fspath(base))}' in the backing chain of '{name}'")
         identity = (found.st_dev, found.st_ino)
     target = _Target(identity)
-    storage = FileStorage.open(path, writable=True)
+    file = FileStorage.open(path, writable=rehearsal is None)
+    storage = file if rehearsal is None else rehearsal.over(file)
     try:
         way = _Way(
             refs=Refs.beside(path) if refs is None else refs,
@@ -380,8 +405,9 @@ def open_for_commit(
             assume_format=assume_backing_format,
             secrets=secrets,
             target=target,
+            rehearsal=rehearsal,
         )
-        disk = _open_qcow2(storage, Place.of_top(storage.fileno(), path, name), way, writable=True)
+        disk = _open_qcow2(storage, Place.of_top(file.fileno(), path, name), way, writable=True)
     except BaseException:
         storage.close()
         raise

@@ -14,6 +14,7 @@ from cowfence.cli.encrypt_options import iter_time
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.progress import add_progress_option, shown
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secret_named, secrets_of
 from cowfence.disk.opener import check_name, printable
 from cowfence.errors import Invalid, Unsupported
@@ -55,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress_option(parser)
     parser.add_argument("--force", action="store_true", help="erase the last key, or overwrite one in use, too")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
@@ -74,8 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("Expecting one image file name")
     if not arguments.options:
         raise Invalid("Must specify options (-o)")
+    rehearsal = rehearsal_of(arguments)
     if arguments.format == "luks":
-        amend_luks(image, _parse(arguments), secrets=secrets_of(arguments))
+        amend_luks(image, _parse(arguments), secrets=secrets_of(arguments), rehearsal=rehearsal)
+        if rehearsal is not None:
+            return tell(arguments, rehearsal, {"filename": image})
+        if arguments.output == "json":
+            print_json({"filename": image})
         return 0
     if source_format(arguments, image) != "qcow2":
         raise Unsupported(printable(image), "Format driver 'raw' does not support option amendment")
@@ -87,7 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
             refs=references(arguments, image),
             assume_backing_format=arguments.assume_backing_format,
             secrets=secrets_of(arguments),
+            rehearsal=rehearsal,
         )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, done.to_dict())
     if arguments.output == "json":
         print_json(done.to_dict())
     return 0

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_bytes
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.errors import Invalid
 
 _VERBS = ("add", "remove", "clear", "enable", "disable")
@@ -20,7 +21,7 @@ class _Append(argparse.Action):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(actions=[])
+    parser.set_defaults(actions=[], quiet=False)
     helps = {
         "add": "make it; it records from now on",
         "remove": "remove it",
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-f", dest="format", default="qcow2", metavar="FORMAT", help="format of the image")
     parser.add_argument("-U", "--force-share", action="store_true", help="with --extents: also while another process writes")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
     parser.add_argument("image")
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.extents:
         if actions:
             raise Invalid("--extents changes nothing: it cannot be combined with changes")
+        if arguments.dry_run:
+            raise Invalid("--extents changes nothing: --dry-run means nothing with it")
         extents = dirty_extents(arguments.image, arguments.name, refs=refs, force_share=arguments.force_share)
         if arguments.output == "json":
             print_json([{"start": start, "length": length, "dirty": True} for start, length in extents])
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{start:<#16x}{length:#x}")
         return 0
     _check(arguments, {action.verb.value for action in actions})
+    rehearsal = rehearsal_of(arguments)
     changed = change_bitmap(
         arguments.image,
         arguments.name,
@@ -71,7 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
         source=arguments.source_file,
         source_format=arguments.source_format or "qcow2",
         refs=refs,
+        rehearsal=rehearsal,
     )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, changed.to_dict())
     if arguments.output == "json":
         print_json(changed.to_dict())
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.main import EXIT_FAILED, add_output_option, complain, one_line, print_json
 from cowfence.cli.progress import add_progress_option, shown
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.ops.check import CheckResult, NoCheck
 
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_progress_option(parser)
     parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
+    add_dry_run_option(parser)
     add_output_option(parser)
     parser.add_argument(
         "--explain", action="store_true", help="say what each sort of finding means, risks, and how it is repaired"
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("an image that another process may write to cannot be repaired (-r with -U)")
     if arguments.explain and arguments.quiet:
         raise Invalid("--explain with -q: there would be nothing to read")
+    if arguments.dry_run and arguments.repair is None:
+        raise Invalid("--dry-run goes with -r: a check changes nothing")
     if len(arguments.images) > 1:
         return _check_many(arguments)
     outcome = _check(arguments, arguments.images[0])
@@ -50,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     _tell(outcome)
     if not arguments.quiet:
         if arguments.output == "json":
-            print_json(outcome.to_dict(explained=arguments.explain))
+            print_json(_dict(arguments, outcome))
         else:
-            _print_human(outcome)
+            _print_human(outcome, dry_run=arguments.dry_run)
             if arguments.explain:
                 _print_explained(outcome)
     return outcome.exit_code
@@ -64,7 +68,14 @@ def _check(arguments: argparse.Namespace, image: str) -> CheckResult | NoCheck:
     mode = None if arguments.repair is None else Mode(arguments.repair)
     try:
         with shown(arguments) as progress:
-            return check(image, format=arguments.format, repair=mode, force_share=arguments.force_share, progress=progress)
+            return check(
+                image,
+                format=arguments.format,
+                repair=mode,
+                force_share=arguments.force_share,
+                progress=progress,
+                rehearsal=rehearsal_of(arguments),
+            )
     except NoCheck as error:
         return error
 
@@ -110,7 +121,7 @@ def _check_many(arguments: argparse.Namespace) -> int:
             codes.add(outcome.exit_code)
             words = {0: "clean", 2: "corrupt", 3: "leaks"}
             rows.append((image, words[outcome.exit_code], outcome.report.corruptions, outcome.report.leaks))
-            told.append(outcome.to_dict(explained=arguments.explain) | {"result": words[outcome.exit_code]})
+            told.append(_dict(arguments, outcome) | {"result": words[outcome.exit_code]})
         else:
             if outcome is not None:
                 complain(arguments, str(outcome), EXIT_FAILED)
@@ -138,10 +149,14 @@ def _left_out(report: Report) -> list[str]:
     ]
 
 
-def _print_human(result: CheckResult) -> None:
+def _dict(arguments: argparse.Namespace, result: CheckResult) -> dict[str, JsonValue]:
+    return result.to_dict(explained=arguments.explain) | ({"dry-run": True} if arguments.dry_run else {})
+
+
+def _print_human(result: CheckResult, *, dry_run: bool) -> None:
     report = result.report
     if result.corruptions_fixed or result.leaks_fixed:
-        print("The following inconsistencies were found and repaired:\n")
+        print(f"The following inconsistencies {'would be' if dry_run else 'were found and'} repaired:\n")
         print(f"    {result.leaks_fixed} leaked clusters\n    {result.corruptions_fixed} corruptions\n")
     if not report.corruptions and not report.leaks:
         print("No errors were found on the image.")

@@ -7,6 +7,7 @@ import argparse
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.progress import add_progress_option, shown
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
 
@@ -17,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the image afterwards")
     add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
@@ -29,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     image = arguments.image
     if source_format(arguments, image) != "qcow2":
         raise Invalid("Image does not have a backing file")
+    rehearsal = rehearsal_of(arguments)
     with shown(arguments) as progress:
         done = commit(
             image,
@@ -38,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
             assume_backing_format=arguments.assume_backing_format,
             secrets=secrets_of(arguments),
             progress=progress,
+            rehearsal=rehearsal,
         )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, done.to_dict())
     if arguments.output == "json":
         print_json(done.to_dict())
     elif not arguments.quiet:

@@ -7,6 +7,7 @@ from functools import partial
 
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
 from cowfence.cli.main import add_output_option, print_json, size_bytes
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secret_named
 from cowfence.disk.opener import printable
 from cowfence.ops.create import Created, create
@@ -21,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the format; -o help"
     )
     parser.add_argument("-q", dest="quiet", action="store_true", help="print nothing but errors")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_secret_options(parser)
     parser.add_argument("image")
@@ -37,11 +39,15 @@ def run(arguments: argparse.Namespace) -> int:
     given.take("size", arguments.size, "the size")
     given.take("backing_file", arguments.backing, "the backing file")
     given.take("backing_fmt", arguments.backing_format, "the backing format")
+    rehearsal = rehearsal_of(arguments)
     made = create(
         arguments.image,
         given.create_options(arguments.format, partial(secret_named, arguments)),
         open_backing=not arguments.unseen,
+        rehearsal=rehearsal,
     )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, made.to_dict())
     if arguments.quiet:
         return 0
     if arguments.output == "json":

@@ -9,6 +9,7 @@ import argparse
 
 from cowfence.cli.formats import add_format_option, source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
 from cowfence.ops.dd import dd
@@ -18,9 +19,11 @@ _OPERANDS = ("if", "of", "bs", "count", "skip")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(quiet=False)
     add_format_option(parser)
     parser.add_argument("-O", dest="target_format", choices=("qcow2", "raw"), default="raw", help="(default: raw)")
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
@@ -34,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "if" not in given or "of" not in given:
         raise Invalid("must specify both input and output files: if=FILE of=FILE")
     source = given["if"]
+    rehearsal = rehearsal_of(arguments)
     copied = dd(
         source,
         given["of"],
@@ -46,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         force_share=arguments.force_share,
         assume_backing_format=arguments.assume_backing_format,
         secrets=secrets_of(arguments),
+        rehearsal=rehearsal,
     )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, copied.to_dict())
     if arguments.output == "json":
         print_json(copied.to_dict())
     return 0

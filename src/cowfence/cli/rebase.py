@@ -10,6 +10,7 @@ import argparse
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
 from cowfence.cli.progress import add_progress_option, shown
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", dest="unsafe", action="store_true", help="change the name only: the disk may be another one then")
     add_progress_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("Must specify backing file (-b) or use unsafe mode (-u)")
     if source_format(arguments, image) != "qcow2":
         raise Unsupported(printable(image), "a backing file below a raw image")
+    rehearsal = rehearsal_of(arguments)
     with shown(arguments) as progress:
         done = rebase(
             image,
@@ -46,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
             assume_backing_format=arguments.assume_backing_format,
             secrets=secrets_of(arguments),
             progress=progress,
+            rehearsal=rehearsal,
         )
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, done.to_dict())
     if arguments.output == "json":
         print_json(done.to_dict())
     return 0

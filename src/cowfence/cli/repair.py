@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cowfence.cli.main import add_output_option, complain, one_line, print_json
 from cowfence.cli.progress import add_progress_option, shown
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.errors import Invalid
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_progress_option(parser)
     parser.add_argument("-U", "--force-share", action="store_true", help="plan for an image that another process writes to")
+    add_dry_run_option(parser)
     add_output_option(parser)
     parser.add_argument("image")
 
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse_what_makes_no_sense(arguments: argparse.Namespace) -> None:
     if arguments.undo is not None and not arguments.apply:
         raise Invalid("--undo goes with --apply: only a repair writes an undo file")
+    if arguments.dry_run and arguments.plan:
+        raise Invalid("--plan changes nothing: --dry-run means nothing with it")
     if arguments.force_share and not arguments.plan:
         raise Invalid("-U goes with --plan: an image that another process may write to cannot be repaired")
     if arguments.undo_from is not None and (arguments.plan_file or arguments.mode or arguments.progress):
@@ -78,8 +82,11 @@ def _apply(arguments: argparse.Namespace) -> int:
 
     mode = None if arguments.mode is None else Mode(arguments.mode)
     stored = None if arguments.plan_file is None else read_plan(arguments.plan_file)
+    rehearsal = rehearsal_of(arguments)
     with shown(arguments) as progress:
-        done = apply(arguments.image, mode, stored=stored, undo_file=arguments.undo, progress=progress)
+        done = apply(arguments.image, mode, stored=stored, undo_file=arguments.undo, progress=progress, rehearsal=rehearsal)
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, done.to_dict(), code=done.exit_code)
     if not arguments.quiet:
         if arguments.output == "json":
             print_json(done.to_dict())
@@ -108,10 +115,14 @@ def _print_human(done: Repaired) -> None:
 def _undo(arguments: argparse.Namespace) -> int:
     from cowfence.ops.repair import undo
 
-    restored = undo(arguments.image, arguments.undo_from)
+    rehearsal = rehearsal_of(arguments)
+    restored = undo(arguments.image, arguments.undo_from, rehearsal=rehearsal)
+    found = {"filename": arguments.image, "undo-file": arguments.undo_from, "restored-bytes": restored}
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, found)
     if not arguments.quiet:
         if arguments.output == "json":
-            print_json({"filename": arguments.image, "undo-file": arguments.undo_from, "restored-bytes": restored})
+            print_json(found)
         else:
             print(f"The repair was taken back: {restored} bytes are as they were.")
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, print_json
+from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.snapshot_list import snapshot_lines
 from cowfence.disk.opener import printable
 from cowfence.errors import CowfenceError, Invalid, Unsupported
@@ -58,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="list the snapshots of an image that another process writes to"
     )
+    add_dry_run_option(parser)
     add_output_option(parser)
     parser.add_argument("image")
 
@@ -68,22 +70,30 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     if arguments.force_share:
         raise Invalid(f"{printable(image)}: -U is for -l: an image that another process writes to cannot be changed")
+    rehearsal = rehearsal_of(arguments)
     try:
         if source_format(arguments, image) != "qcow2":
             raise Unsupported(printable(image), "internal snapshots of a raw image")
         from cowfence.chain import open_chain
 
         # No snapshot holds anything of a backing file, so none is opened.
-        with open_chain(image, writable=True, backing=False) as disk:
-            _VERBS[arguments.action](disk, arguments.snapshot)
+        with open_chain(image, writable=True, backing=False, rehearsal=rehearsal) as disk:
+            snapshot = _VERBS[arguments.action](disk, arguments.snapshot)
     except CowfenceError as error:
         error.args = (f"Could not {arguments.action} snapshot {arguments.snapshot!r}: {error}",)
         raise
+    found = {"filename": image, "action": arguments.action, "snapshot": snapshot_dict(snapshot)}
+    if rehearsal is not None:
+        return tell(arguments, rehearsal, found)
+    if arguments.output == "json":
+        print_json(found)
     return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
     image = arguments.image
+    if arguments.dry_run:
+        raise Invalid("-l changes nothing: --dry-run means nothing with it")
     is_qcow2 = source_format(arguments, image) == "qcow2"
     snapshots = list_snapshots(image, force_share=arguments.force_share) if is_qcow2 else ()
     if arguments.output == "json":

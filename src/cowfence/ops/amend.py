@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
     from cowfence.qcow2.encryption import KeyChange, Secrets
     from cowfence.qcow2.image import Qcow2Disk
+    from cowfence.storage.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,34 @@ def amend(
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Amended:
-    """Amend the qcow2 image at ``path``. Raises as ``amend_disk`` and ``chain.open_chain`` do."""
+    """Amend the qcow2 image at ``path``. ``rehearsal``: nothing is written to the files. Raises as ``amend_disk`` and
+    ``chain.open_chain`` do."""
     from cowfence.chain import open_chain
     from cowfence.qcow2.extensions import Compatible
 
-    with open_chain(path, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets) as disk:
+    with open_chain(
+        path,
+        writable=True,
+        refs=refs,
+        assume_backing_format=assume_backing_format,
+        secrets=secrets,
+        rehearsal=rehearsal,
+    ) as disk:
         amend_disk(disk, wanted, secrets)
         header = disk.header
         lazy = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
         return Amended(os.fspath(path), header.version, lazy, 1 << header.refcount_order, disk.size)
 
 
-def amend_luks(path: str | os.PathLike[str], wanted: Amendment, *, secrets: Secrets | None = None) -> None:
+def amend_luks(
+    path: str | os.PathLike[str],
+    wanted: Amendment,
+    *,
+    secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
+) -> None:
     """Change the keys of the LUKS file at ``path``; nothing else of it can be amended. Raises Invalid, Unsupported, Corrupt,
     Locked, StorageFailed."""
     from cowfence.ops.luks_keys import change_keys
@@ -115,7 +131,7 @@ def amend_luks(path: str | os.PathLike[str], wanted: Amendment, *, secrets: Secr
 
     if wanted.keys is None or wanted != Amendment(keys=wanted.keys):
         raise Unsupported(os.fspath(path), "amending anything but the keys of a LUKS file")
-    storage = FileStorage.open(path, writable=True)
+    storage = FileStorage.open(path, writable=True) if rehearsal is None else rehearsal.open(path)
     try:
         change_keys(storage, wanted.keys, [] if secrets is None else list(secrets(storage.name)))
     finally:

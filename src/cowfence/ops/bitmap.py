@@ -6,13 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowfence.chain import open_chain
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.qcow2.bitmaps import Bitmap
 from cowfence.qcow2.image import Options
+
+if TYPE_CHECKING:
+    from cowfence.storage.rehearsal import Rehearsal
 
 
 class Verb(Enum):
@@ -51,15 +54,16 @@ def change_bitmap(
     source: str | os.PathLike[str] | None = None,
     source_format: str = "qcow2",
     refs: Refs | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Changed:
     """Carry out the actions on the bitmap ``name``, in their order, each atomic.
 
-    ``source``: the image that MERGE takes its bitmap from (default: the same one). Raises Invalid, and what opening the images
-    raises.
+    ``source``: the image that MERGE takes its bitmap from (default: the same one). ``rehearsal``: nothing is written. Raises
+    Invalid, and what opening the images raises.
     """
     options = Options(commit_interval=None)
     _only_qcow2(path, format)
-    with open_chain(path, writable=True, refs=refs, options=options, backing=False) as disk:
+    with open_chain(path, writable=True, refs=refs, options=options, backing=False, rehearsal=rehearsal) as disk:
         for action in actions:
             bitmaps = disk.bitmaps
             try:

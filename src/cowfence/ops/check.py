@@ -21,6 +21,7 @@ from cowfence.storage.file import FileStorage
 
 if TYPE_CHECKING:
     from cowfence.qcow2.describe import JsonValue
+    from cowfence.storage.rehearsal import Rehearsal
 
 __all__ = ["CheckResult", "Mode", "NoCheck", "check", "check_storage"]
 
@@ -109,13 +110,18 @@ def check(
     lock: bool = True,
     force_share: bool = False,
     progress: Progress | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> CheckResult:
     """Check the image at ``path``. ``format``: None looks at the file. ``progress`` is told the fraction that is done, 0 to 1.
+    ``rehearsal``: what a repair would write is kept there.
 
     Raises NoCheck for what is no qcow2 image (unless ``format`` says that it is: then NotThisFormat), Corrupt and Unsupported
     for a header that cannot be used, Locked, Invalid, StorageFailed.
     """
-    storage = FileStorage.open(path, writable=repair is not None, lock=lock, force_share=force_share)
+    writable = repair is not None and rehearsal is None
+    storage: Storage = FileStorage.open(path, writable=writable, lock=lock, force_share=force_share)
+    if rehearsal is not None:
+        storage = rehearsal.over(storage)
     try:
         if format not in (None, "qcow2"):
             raise NoCheck(storage.name)

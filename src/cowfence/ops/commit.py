@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cowfence.disk.raw import RawDisk
     from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
+    from cowfence.storage.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,16 @@ def commit(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     progress: Progress | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Committed:
     """Commit the qcow2 image at ``path`` into its backing file, or into ``base``, a file further below (and keep it then).
 
-    Raises Invalid where there is none, and as ``commit_disk`` and ``chain.open_chain`` do.
+    ``rehearsal``: nothing is written to the files. Raises Invalid where there is none, and as ``commit_disk`` and
+    ``chain.open_chain`` do.
     """
-    disk, below = open_for_commit(path, base=base, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets)
+    disk, below = open_for_commit(
+        path, base=base, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets, rehearsal=rehearsal
+    )
     with disk:
         keep = keep or base is not None
         commit_disk(disk, below, keep=keep, progress=progress)

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING
 from cowfence.qcow2.describe import JsonValue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
-    from cowfence.storage.base import Buffer, Storage
-    from cowfence.storage.overlay import OverlayStorage
+    from cowfence.storage.base import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +62,12 @@ def compact(
     """
     from cowfence.qcow2.image import open_image
     from cowfence.storage.file import FileStorage
+    from cowfence.storage.rehearsal import Rehearsal
 
-    storage: FileStorage | OverlayStorage = FileStorage.open(path, writable=not dry_run)
+    storage: Storage = FileStorage.open(path, writable=not dry_run)
     try:
         if dry_run:
-            storage = _rehearsal_over(storage)
+            storage = Rehearsal().over(storage)
         # Nothing of a backing file is read or moved.
         disk = open_image(storage, backing=None, writable=True, secrets=secrets)
     except BaseException:
@@ -79,18 +77,3 @@ def compact(
         old_bytes = storage.size()
         _, new_bytes, moved = compact_disk(disk, progress=progress)
     return CompactResult(os.fspath(path), old_bytes, new_bytes, moved, dry_run)
-
-
-def _rehearsal_over(storage: Storage) -> OverlayStorage:
-    from cowfence.storage.overlay import OverlayStorage
-
-    class Rehearsal(OverlayStorage):
-        """Nobody reads the guest data that was copied, so none of it is kept."""
-
-        def writev(self, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
-            if mark == "data.write":
-                self.zero(offset, sum(map(len, buffers)), mark)
-            else:
-                super().writev(offset, buffers, mark)
-
-    return Rehearsal(storage)

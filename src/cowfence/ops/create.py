@@ -18,12 +18,14 @@ from cowfence.errors import Invalid, Unsupported, from_os_error
 from cowfence.qcow2.create import NewImage, geometry_of, write_new
 from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, read_header
+from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
 from cowfence.storage.publish import NewFile
 from cowfence.units import MIB, SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.codec.luks import NewLuks
+    from cowfence.storage.rehearsal import Rehearsal, RehearsedFile
 
 COMPRESSION_TYPES: Final = {"zlib": COMPRESSION_DEFLATE, "zstd": COMPRESSION_ZSTD}
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -86,20 +88,25 @@ class Created:
 
 
 def create(
-    path: str | os.PathLike[str], options: CreateOptions, *, open_backing: bool = True, refs: Refs | None = None
+    path: str | os.PathLike[str],
+    options: CreateOptions,
+    *,
+    open_backing: bool = True,
+    refs: Refs | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Created:
     """Make the image at ``path``, replacing a file of this name.
 
     ``refs`` is asked for the backing file (default: trusted, because the caller names it). ``open_backing=False`` stores its
-    name unseen; the size must be given then.
+    name unseen; the size must be given then. ``rehearsal``: nothing is made.
 
     Raises Invalid (options that make no image), Unsupported, Refused (the backing file's name), Locked (the file to replace is
     in use), NoSpace, StorageFailed. Nothing is left behind then, and what stood at the path still does.
     """
     settled = settle(path, options, open_backing=open_backing, refs=refs)
     with ExitStack() as files:
-        new = new_file(files, path)
-        data = None if settled.data_file is None else new_file(files, data_path(path, settled.data_file))
+        new = _new_file(files, path, rehearsal)
+        data = None if settled.data_file is None else _new_file(files, data_path(path, settled.data_file), rehearsal)
         write_empty(new.storage, settled, None if data is None else data.storage)
         if data is not None:
             # First, so that no image ever names a file that is not there.
@@ -112,9 +119,21 @@ def create(
 def new_file(files: ExitStack, path: str | os.PathLike[str]) -> NewFile:
     """A file in the making, until ``files`` is closed. Raises Unsupported for a block device."""
     new = files.enter_context(NewFile(path))
+    _refuse_device(new)
+    return new
+
+
+def _new_file(files: ExitStack, path: str | os.PathLike[str], rehearsal: Rehearsal | None) -> NewFile | RehearsedFile:
+    if rehearsal is None:
+        return new_file(files, path)
+    rehearsed = files.enter_context(rehearsal.new_file(path))
+    _refuse_device(rehearsed)
+    return rehearsed
+
+
+def _refuse_device(new: NewFile | RehearsedFile) -> None:
     if new.in_place:
         raise Unsupported(new.path, "creating an image on a block device")
-    return new
 
 
 def data_path(path: str | os.PathLike[str], data_file: str) -> str:
@@ -241,7 +260,7 @@ def new_image(options: CreateOptions) -> NewImage:
     )
 
 
-def write_empty(storage: FileStorage, settled: CreateOptions, data: FileStorage | None = None) -> None:
+def write_empty(storage: Storage, settled: CreateOptions, data: Storage | None = None) -> None:
     """Write the image into an empty file, for callers that fill it before it gets its name. ``settled``: from ``settle``.
     ``data``: the empty file that is to be its external data file."""
     if settled.format == "raw":
@@ -256,7 +275,7 @@ def write_empty(storage: FileStorage, settled: CreateOptions, data: FileStorage 
         assert settled.size_bytes is not None  # since settle
         data.truncate(settled.size_bytes, "create.size")
     for file in (storage, data):
-        if file is not None:
+        if isinstance(file, FileStorage):
             preallocate(file, settled.preallocation)
 
 

@@ -23,6 +23,7 @@ from cowfence.units import KIB, MIB
 
 if TYPE_CHECKING:
     from cowfence.qcow2.encryption import Secrets
+    from cowfence.storage.rehearsal import Rehearsal
 
 MAX_BLOCK_BYTES: Final = (1 << 31) - 1
 _PIECE_BYTES: Final = MIB
@@ -57,10 +58,12 @@ def dd(
     force_share: bool = False,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Copied:
     """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``source`` into a new image at ``target``.
 
-    Raises Invalid (the numbers, or ``skip`` past the end), NoSpace, and as ``chain.open_chain`` and ``storage.publish`` do.
+    ``rehearsal``: nothing is written to the files. Raises Invalid (the numbers, or ``skip`` past the end), NoSpace, and as
+    ``chain.open_chain`` and ``storage.publish`` do.
     """
     if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
         raise Invalid(f"a block size of {block_bytes} bytes; must be between 1 and {MAX_BLOCK_BYTES}")
@@ -74,14 +77,21 @@ def dd(
         if start > disk.size:
             raise Invalid(f"{printable(os.fspath(source))}: cannot skip {start} bytes, the disk has {disk.size}")
         length_bytes = disk.size - start if count is None else min(disk.size - start, count * block_bytes)
-        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format)
+        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format, rehearsal)
         return Copied(os.fspath(source), os.fspath(target), length_bytes, written_bytes)
     finally:
         disk.close()
 
 
-def _copy_into_new(disk: Disk, start: int, length_bytes: int, path: str | os.PathLike[str], target_format: str) -> int:
-    with NewFile(path) as new:
+def _copy_into_new(
+    disk: Disk,
+    start: int,
+    length_bytes: int,
+    path: str | os.PathLike[str],
+    target_format: str,
+    rehearsal: Rehearsal | None,
+) -> int:
+    with NewFile(path) if rehearsal is None else rehearsal.new_file(path) as new:
         if target_format == "raw":
             if not new.in_place:
                 new.storage.truncate(length_bytes, "create.size")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cowfence.disk.base import Disk
     from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
+    from cowfence.storage.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,13 @@ def rebase(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     progress: Progress | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Rebased:
     """Put the image at ``path`` over the file that it shall call ``backing`` (None: over none, it holds all of its disk then).
 
     ``unsafe``: only the name changes; neither file is opened. ``refs``: the policy for the old backing files, ``new_refs`` for
-    the new ones (default: trusted, because the caller names them). Raises as ``rebase_disk`` and ``chain.open_chain`` do.
+    the new ones (default: trusted, because the caller names them). ``rehearsal``: nothing is written to them. Raises as
+    ``rebase_disk`` and ``chain.open_chain`` do.
     """
     name = printable(os.fspath(path))
     if backing is not None:
@@ -73,7 +76,13 @@ def rebase(
     else:
         backing_format = None
     with open_chain(
-        path, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets, backing=not unsafe
+        path,
+        writable=True,
+        refs=refs,
+        assume_backing_format=assume_backing_format,
+        secrets=secrets,
+        backing=not unsafe,
+        rehearsal=rehearsal,
     ) as disk:
         if unsafe:
             disk.alter(lambda alteration: rebase_image(alteration, backing, backing_format, None, merge=False))

@@ -32,6 +32,7 @@ from cowfence.units import MIB, SECTOR_BYTES
 
 if TYPE_CHECKING:
     from cowfence.qcow2.describe import JsonValue
+    from cowfence.storage.rehearsal import Rehearsal
 
 __all__ = [
     "Mode",
@@ -225,15 +226,17 @@ def apply(
     stored: StoredPlan | None = None,
     undo_file: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Repaired:
     """Repair the image at ``path`` (``mode``: that of the plan, else all). ``stored``: only if this is still the plan.
     ``undo_file``: where the way back is kept; it must not exist, and is made only if something is changed.
+    ``rehearsal``: nothing is written.
 
     Raises Invalid where it is not, or the undo file exists, and what ``check`` raises; then nothing was changed.
     """
-    storage = FileStorage.open(path, writable=True)
+    storage = FileStorage.open(path, writable=True) if rehearsal is None else rehearsal.open(path)
     try:
-        return apply_storage(storage, mode, stored=stored, undo_file=undo_file, progress=progress)
+        return apply_storage(storage, mode, stored=stored, undo_file=undo_file, progress=progress, rehearsal=rehearsal)
     finally:
         storage.close()
 
@@ -245,6 +248,7 @@ def apply_storage(
     stored: StoredPlan | None = None,
     undo_file: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Repaired:
     """The same for an image in an open storage, which stays open."""
     if stored is not None and mode not in (None, stored.mode):
@@ -260,21 +264,21 @@ def apply_storage(
         return Repaired(planned, None)
     log = UndoLog.of(storage, planned.operations, planned.new_bytes)
     if undo_file is not None:
-        with NewFile(undo_file) as new:
+        with NewFile(undo_file) if rehearsal is None else rehearsal.new_file(undo_file) as new:
             new.storage.writev(0, (log.encode(),), "undo.write")
             new.publish()
     check_storage(GuardedStorage(storage, log), repair=planned.mode)
     return Repaired(planned, None if undo_file is None else os.fspath(undo_file))
 
 
-def undo(path: str | os.PathLike[str], undo_file: str | os.PathLike[str]) -> int:
+def undo(path: str | os.PathLike[str], undo_file: str | os.PathLike[str], *, rehearsal: Rehearsal | None = None) -> int:
     """Take a repair of the image at ``path`` back, also one that a crash stopped; returns the bytes put back. Run again after
-    a crash, it comes to its end.
+    a crash, it comes to its end. ``rehearsal``: nothing is written.
 
     Raises Corrupt for what is no undo file, Invalid where the image is not as the repair left it, StorageFailed.
     """
     log = UndoLog.decode(_whole_file(undo_file, MAX_LOG_BYTES, "an undo file"), os.fspath(undo_file))
-    storage = FileStorage.open(path, writable=True)
+    storage = FileStorage.open(path, writable=True) if rehearsal is None else rehearsal.open(path)
     try:
         return undo_storage(storage, log)
     finally:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cowfence.disk.raw import RawDisk
     from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
+    from cowfence.storage.rehearsal import Rehearsal
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 MAX_SIZE_BYTES: Final = (1 << 63) - 1 & ~511
@@ -75,15 +76,22 @@ def resize(
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Resized:
     """Resize the image at ``path``. ``relative``: 1 adds ``size_bytes`` to its size, -1 takes them away, 0 sets it.
 
-    Raises as ``resize_disk`` and ``chain.open_chain`` do.
+    ``rehearsal``: nothing is written to the files. Raises as ``resize_disk`` and ``chain.open_chain`` do.
     """
     from cowfence.chain import open_chain
 
     with open_chain(
-        path, format=format, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets
+        path,
+        format=format,
+        writable=True,
+        refs=refs,
+        assume_backing_format=assume_backing_format,
+        secrets=secrets,
+        rehearsal=rehearsal,
     ) as disk:
         old_bytes = disk.size
         wanted_bytes = old_bytes + relative * size_bytes if relative else size_bytes

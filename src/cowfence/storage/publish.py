@@ -54,7 +54,7 @@ class NewFile:
             raise
 
     def _begin(self, direct: bool) -> None:
-        old = self._stat_target()
+        old = stat_target(self.path, self._target)
         self.in_place = old is not None and stat.S_ISBLK(old.st_mode)
         if self.in_place:
             self.storage = FileStorage.open(self._target, writable=True, direct=direct)
@@ -65,19 +65,9 @@ class NewFile:
         # it hears of the same lost writes, which a descriptor opened later would not.
         self._fence_fd = FileStorage.from_fd(os.dup(self.storage.fileno()), self.path, writable=True)
 
-    def _stat_target(self) -> os.stat_result | None:
-        try:
-            found = os.stat(self._target)
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            raise from_os_error(self.path, "open", 0, exc) from exc
-        require_image_kind(self.path, found.st_mode, allow_devices=True)
-        return found
-
     def _lock_target(self) -> None:
         """Hold the writer's lock on the file that will be replaced, if there is one. Refuses one that we may not write."""
-        if self._old is not None or self._stat_target() is None:
+        if self._old is not None or stat_target(self.path, self._target) is None:
             return
         self._old = FileStorage.open(self._target, writable=True)
 
@@ -148,6 +138,19 @@ class NewFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
+
+
+def stat_target(path: str, target: str) -> os.stat_result | None:
+    """What stands at the final name; None: nothing. ``path``: its name for messages. Raises Invalid,
+    StorageFailed."""
+    try:
+        found = os.stat(target)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise from_os_error(path, "open", 0, exc) from exc
+    require_image_kind(path, found.st_mode, allow_devices=True)
+    return found
 
 
 def _fence_directory(directory: str) -> None:
