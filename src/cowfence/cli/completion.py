@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from cowfence.cli.main import COMMANDS, whole_parser
+from cowfence.cli.main import COMMANDS, add_output_option, print_json, whole_parser
 from cowfence.errors import Unsupported
 
 _PROGRAMS = ("cowfence", "cowfence-img", "cowfence-io")
@@ -14,6 +14,7 @@ _FILE_WORDS = ("FILE", "PATH", "IMAGE", "DIRECTORY")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", dest="for_program", choices=_PROGRAMS, default="cowfence", help="program (default: cowfence)")
+    add_output_option(parser)
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
@@ -28,7 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
         positional = not action.option_strings and action.nargs != argparse.PARSER
         if not action.choices and (positional or str(named).upper().rstrip(".").endswith(_FILE_WORDS)):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(parser, shell=arguments.shell))
+    script = shtab.complete(parser, shell=arguments.shell)
+    if arguments.output == "json":
+        print_json({"program": arguments.for_program, "shell": arguments.shell, "script": script})
+    else:
+        print(script)
     return 0
 
 

@@ -45,6 +45,7 @@ def _configure_record(subparsers: Any) -> None:
     parser.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="FILES -- PROGRAM", help="the image and its other files; a program to run"
     )
+    crash_explore.add_json_options(parser)
     parser.set_defaults(run_crash=_record)
 
 
@@ -73,7 +74,7 @@ def _configure_judge(subparsers: Any) -> None:
     parser.add_argument("--model", choices=("kill", "power", "both"), default="both", help="(default: both)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for each workload (default: until all is judged)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample, where not all states can be judged")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    crash_explore.add_json_options(parser)
     parser.set_defaults(run_crash=_judge)
 
 
@@ -93,18 +94,20 @@ def _record(arguments: argparse.Namespace) -> int:
     with open(arguments.log, "wb") as target:
         done, code = record_command(arguments.mount, files, program, atomic=arguments.atomic)
         logfile.save(done, target)
+    if arguments.output == "json":
+        print_json({"log": arguments.log, "files": files, "operations": len(done.entries), "exit-code": code})
     return code
 
 
 def _judge(arguments: argparse.Namespace) -> int:
     if arguments.workload == "list":
-        return _list()
+        return _list(arguments)
     judgements = []
     for workload in _workloads(arguments):
         judgements.append(_judge_one(arguments, workload))
-        if not arguments.json and (judgements[-1].found or arguments.workload != "random"):
+        if arguments.output == "human" and (judgements[-1].found or arguments.workload != "random"):
             _print(judgements[-1])
-    if arguments.json:
+    if arguments.output == "json":
         print_json(judgements[0].to_dict() if len(judgements) == 1 else _totals(judgements))
     elif arguments.workload in ("all", "random"):
         states, found = sum(one.states for one in judgements), sum(len(one.found) for one in judgements)
@@ -112,9 +115,12 @@ def _judge(arguments: argparse.Namespace) -> int:
     return EXIT_VIOLATIONS if any(judgement.found for judgement in judgements) else 0
 
 
-def _list() -> int:
+def _list(arguments: argparse.Namespace) -> int:
     from cowfence.crash.qemu_workloads import workloads
 
+    if arguments.output == "json":
+        print_json({name: workload.why for name, workload in workloads().items()})
+        return 0
     for name, workload in workloads().items():
         print(f"{name:24} {workload.why}")
     return 0

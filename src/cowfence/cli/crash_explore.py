@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from cowfence.cli.main import print_json
+from cowfence.cli.main import add_output_option, print_json
 from cowfence.errors import Invalid
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def _configure_explore(subparsers: Any) -> None:
     parser.add_argument("--budget", type=_seconds, default=_BUDGET_SECONDS, metavar="SECONDS", help="(default: 60)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="processes (default: one for each core)")
     _add_common(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run_crash=_explore)
 
 
@@ -73,7 +72,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="states of one instant above which they are sampled (default: 4096)",
     )
+    add_json_options(parser)
     parser.add_argument("--html", metavar="FILE", help="write a report as one HTML page (needs the extra: cowfence[report])")
+
+
+def add_json_options(parser: argparse.ArgumentParser) -> None:
+    """``--output``, and ``--json`` for short."""
+    add_output_option(parser)
+    parser.add_argument("--json", action="store_const", const="json", dest="output", help="--output=json")
 
 
 def _explore(arguments: argparse.Namespace) -> int:
@@ -94,7 +100,7 @@ def _explore(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
         write(outcome, _command(arguments, settings))
-    if arguments.json:
+    if arguments.output == "json":
         print_json(outcome.to_dict())
     else:
         _print(outcome)
@@ -114,6 +120,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     with _report_file(arguments.html) as write:
         outcome = explore([("replay", [case])], settings, jobs=1)
         write(outcome, settings.replay(model, str(case)))
+    if arguments.output == "json":
+        print_json(outcome.to_dict())
+        return EXIT_VIOLATIONS if outcome.found else 0
     for found in outcome.found:
         print(found)
     if not outcome.found:

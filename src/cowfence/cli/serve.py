@@ -8,12 +8,14 @@ NBD here has neither encryption nor passwords, so that any other address needs `
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import socket
 from ipaddress import ip_address
 
 import cowfence
-from cowfence.cli.main import add_reference_options, references, size_bytes
+from cowfence.cli.main import add_output_option, add_reference_options, references, size_bytes
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid, StorageFailed
 from cowfence.nbd.messages import DEFAULT_PORT
@@ -52,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="start no helper process; if the server is killed, what clients wrote since their last flush may be lost",
     )
     add_reference_options(parser)
+    add_output_option(parser)
     add_secret_options(parser)
     parser.add_argument("image")
 
@@ -84,11 +87,19 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             port = DEFAULT_PORT if arguments.port is None else arguments.port
             server.listen_tcp(arguments.bind or _LOOPBACK, port)
-        print(server.uri(arguments.name), flush=True)
+        _announce(arguments, server.uri(arguments.name))
         server.serve_forever()
     finally:
         disk.close()
     return 0
+
+
+def _announce(arguments: argparse.Namespace, uri: str) -> None:
+    if arguments.output == "json":
+        # On one line: who waits for it reads lines.
+        print(json.dumps({"uri": uri, "export": arguments.name, "pid": os.getpid()}), flush=True)
+    else:
+        print(uri, flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""``--dry-run`` of every command that changes images: nothing is written, and what it says is what then happens."""
+"""Options that all commands have, or all that change images: ``--output=json``, and ``--dry-run``: nothing is written, and what
+it says is what then happens."""
 
 from __future__ import annotations
 
@@ -46,6 +47,7 @@ repair --apply -r leaks --undo new leaking
 compact leaking
 """.strip().splitlines()
 # What bench -w times is the writing itself.
+CRASH = tuple(f"crash {name}" for name in ("explore", "replay", "record", "judge"))
 NEVER_CHANGE = ("compare", "completion", "crash", "diff", "explain", "info", "inspect", "map", "measure", "serve", "bench")
 
 
@@ -135,3 +137,9 @@ def test_a_file_that_may_not_be_written_can_be_rehearsed_on(programs: Programs, 
     path.chmod(0o444)
     done = programs.run(["resize", "--dry-run", "a", "+1G"], tmp_path, program="cowfence")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "crash"), *CRASH])
+def test_every_command_can_answer_in_json(programs: Programs, tmp_path: Path, command: str) -> None:
+    said = programs.run([*command.split(), "--help"], tmp_path, program="cowfence").stdout
+    assert "--output {human,json}" in said
