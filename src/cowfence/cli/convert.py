@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cowfence.cli.convert_each import convert_each
 from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
 from cowfence.cli.formats import not_qcow2
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, size_bytes
@@ -72,6 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read the new image back and compare, before it gets its name")
     parser.add_argument("--dry-run", action="store_true", help="write nothing; tell what the image would take")
+    parser.add_argument("--each", metavar="DIR", help="convert each source into an image of its own there; prints a table")
     parser.add_argument(
         "--spool-limit",
         metavar="SIZE",
@@ -85,7 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
-    parser.add_argument("names", nargs="*", metavar="SOURCE... TARGET")
+    parser.add_argument("names", nargs="*", metavar="SOURCE... TARGET", help="with --each: sources only")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,10 +96,20 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {option:<28} - {line}")
         return 0
     how = _how(arguments)
+    if arguments.each is not None:
+        _check_each(arguments)
+        return convert_each(arguments, arguments.names, lambda source, target: _one(arguments, [source], target, how))
     *sources, target = arguments.names
     _check_combinations(arguments, target)
     if "-" in sources:
         return _from_pipe(arguments, sources, target, how)
+    converted, file_bytes = _one(arguments, sources, target, how)
+    _report(arguments, converted, target, file_bytes)
+    return 0
+
+
+def _one(arguments: argparse.Namespace, sources: list[str], target: str, how: How) -> tuple[Converted, int]:
+    """One image of all the sources; with ``--dry-run``, the length that its file would have."""
     disk = _opened(arguments, sources)
     try:
         with shown_bytes(arguments, to_stdout=target != "-") as progress:
@@ -106,8 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         disk.close()
     for offset, why in converted.unreadable:
         complain(arguments, f"warning: error while reading offset {offset}: {why}")
-    _report(arguments, converted, target, file_bytes)
-    return 0
+    return converted, file_bytes
 
 
 def _report(arguments: argparse.Namespace, converted: Converted, target: str, file_bytes: int) -> None:
@@ -167,6 +178,19 @@ def _stream(arguments: argparse.Namespace) -> RawStream | Qcow2Stream:
     return Qcow2Stream(pipe, spool_bytes=_spool_bytes(arguments))
 
 
+def _check_each(arguments: argparse.Namespace) -> None:
+    """What ``--each`` does not go with. Raises Invalid."""
+    for given, option in (
+        (arguments.existing, "-n"),
+        (arguments.image_opts, "--image-opts"),
+        (arguments.target_image_opts, "--target-image-opts"),
+        ("-" in arguments.names, "standard input (-)"),
+    ):
+        if given:
+            raise Invalid(f"{option} and --each do not go together: names are made of the names of the sources")
+    _check_combinations(arguments, arguments.each)
+
+
 def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
     """What does not go together. Raises Invalid, Unsupported."""
     if target == "-":
@@ -206,7 +230,7 @@ def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
 
 def _how(arguments: argparse.Namespace) -> How:
     """What the options ask for. Raises Invalid, mostly in qemu-img's words."""
-    if len(arguments.names) < 2:
+    if len(arguments.names) < (2 if arguments.each is None else 1):
         raise Invalid("Must specify image file name" if not arguments.names else "must specify the image to make")
     if arguments.threads is not None and not 1 <= arguments.threads <= 16:
         raise Invalid("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
@@ -218,7 +242,7 @@ def _how(arguments: argparse.Namespace) -> How:
         raise Invalid("-o, -B and -n are mutually exclusive: an existing image has its options")
     if arguments.skip_broken_bitmaps and not arguments.bitmaps:
         raise Invalid("Use of --skip-broken-bitmaps requires --bitmaps")
-    if arguments.backing is not None and len(arguments.names) > 2:
+    if arguments.backing is not None and len(arguments.names) > 2 and arguments.each is None:
         raise Invalid("Having a backing file for the target makes no sense when concatenating multiple input images")
     if arguments.existing and arguments.compress:
         raise Unsupported("-n", "compressing into an existing image")
