@@ -9,6 +9,7 @@ import argparse
 
 from cowfence.cli.formats import add_format_option, source_format
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_format_option(parser)
     parser.add_argument("-O", dest="target_format", choices=("qcow2", "raw"), default="raw", help="(default: raw)")
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
+    add_progress_option(parser)
     add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
@@ -38,20 +40,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise Invalid("must specify both input and output files: if=FILE of=FILE")
     source = given["if"]
     rehearsal = rehearsal_of(arguments)
-    copied = dd(
-        source,
-        given["of"],
-        format=source_format(arguments, source),
-        target_format=arguments.target_format,
-        block_bytes=_number(given, "bs", "512"),
-        count=_number(given, "count") if "count" in given else None,
-        skip=_number(given, "skip", "0"),
-        refs=references(arguments, source),
-        force_share=arguments.force_share,
-        assume_backing_format=arguments.assume_backing_format,
-        secrets=secrets_of(arguments),
-        rehearsal=rehearsal,
-    )
+    with shown(arguments) as progress:
+        copied = dd(
+            source,
+            given["of"],
+            format=source_format(arguments, source),
+            target_format=arguments.target_format,
+            block_bytes=_number(given, "bs", "512"),
+            count=_number(given, "count") if "count" in given else None,
+            skip=_number(given, "skip", "0"),
+            refs=references(arguments, source),
+            force_share=arguments.force_share,
+            assume_backing_format=arguments.assume_backing_format,
+            secrets=secrets_of(arguments),
+            rehearsal=rehearsal,
+            progress=progress,
+        )
     if rehearsal is not None:
         return tell(arguments, rehearsal, copied.to_dict())
     if arguments.output == "json":

@@ -10,6 +10,7 @@ import re
 
 from cowfence.cli.formats import source_format
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references
+from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.disk.opener import printable
@@ -30,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--image-opts", action="store_true", help=argparse.SUPPRESS)
+    add_progress_option(parser)
     add_dry_run_option(parser)
     add_output_option(parser)
     add_reference_options(parser)
@@ -53,18 +55,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format is None and format_name == "raw":
         complain(arguments, f"warning: Image format was not specified for '{printable(image)}' and probing guessed raw.")
     rehearsal = rehearsal_of(arguments)
-    done = resize(
-        image,
-        size_bytes,
-        relative={"+": 1, "-": -1, "": 0}[sign],
-        format=format_name,
-        shrink=arguments.shrink,
-        preallocation=arguments.preallocation,
-        refs=references(arguments, image),
-        assume_backing_format=arguments.assume_backing_format,
-        secrets=secrets_of(arguments),
-        rehearsal=rehearsal,
-    )
+    with shown(arguments) as progress:
+        done = resize(
+            image,
+            size_bytes,
+            relative={"+": 1, "-": -1, "": 0}[sign],
+            format=format_name,
+            shrink=arguments.shrink,
+            preallocation=arguments.preallocation,
+            refs=references(arguments, image),
+            assume_backing_format=arguments.assume_backing_format,
+            secrets=secrets_of(arguments),
+            rehearsal=rehearsal,
+            progress=progress,
+        )
     if rehearsal is not None:
         return tell(arguments, rehearsal, done.to_dict())
     if arguments.quiet:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome
@@ -123,9 +123,16 @@ class RawDisk:
                 self._failed_fence = error
                 raise
 
-    def resize(self, size_bytes: int, *, reserve: bool = False, fill: bool = False) -> None:
+    def resize(
+        self,
+        size_bytes: int,
+        *,
+        reserve: bool = False,
+        fill: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         """Give the disk another size, durably: that of its file. ``reserve``: take the host's space for what is new; ``fill``:
-        and write it, zeros. Not while others use the disk.
+        and write it, zeros; ``progress`` is told the fraction that is done. Not while others use the disk.
 
         Raises ReadOnly, NoSpace, Unsupported (a block device, whose length is fixed), StorageFailed.
         """
@@ -134,6 +141,8 @@ class RawDisk:
         if fill:
             for at in range(old_bytes, size_bytes, MIB):
                 storage.writev(at, (bytes(min(MIB, size_bytes - at)),), "resize.fill")
+                if progress is not None:
+                    progress((at - old_bytes) / (size_bytes - old_bytes))
         elif reserve and size_bytes > old_bytes:
             storage.zero(old_bytes, size_bytes - old_bytes, "resize.fill")
         storage.truncate(size_bytes, "resize.size")

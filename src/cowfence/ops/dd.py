@@ -7,6 +7,7 @@ Any error, of the source too, fails the whole copy.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -59,6 +60,7 @@ def dd(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Copied:
     """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``source`` into a new image at ``target``.
 
@@ -77,7 +79,7 @@ def dd(
         if start > disk.size:
             raise Invalid(f"{printable(os.fspath(source))}: cannot skip {start} bytes, the disk has {disk.size}")
         length_bytes = disk.size - start if count is None else min(disk.size - start, count * block_bytes)
-        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format, rehearsal)
+        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format, rehearsal, progress)
         return Copied(os.fspath(source), os.fspath(target), length_bytes, written_bytes)
     finally:
         disk.close()
@@ -90,6 +92,7 @@ def _copy_into_new(
     path: str | os.PathLike[str],
     target_format: str,
     rehearsal: Rehearsal | None,
+    progress: Callable[[float], None] | None,
 ) -> int:
     with NewFile(path) if rehearsal is None else rehearsal.new_file(path) as new:
         if target_format == "raw":
@@ -103,13 +106,21 @@ def _copy_into_new(
                 raise Unsupported(new.path, "a qcow2 image on a block device as the target of dd")
             write_empty(new.storage, settle(path, CreateOptions(target_format, length_bytes)))
             target = open_image(new.storage, backing=None, writable=True, options=Options(commit_interval=None))
-        written_bytes = _copy(disk, start, length_bytes, target, zero_first=new.in_place)
+        written_bytes = _copy(disk, start, length_bytes, target, zero_first=new.in_place, progress=progress)
         target.close()
         new.publish()
         return written_bytes
 
 
-def _copy(disk: Disk, start: int, length_bytes: int, target: Disk, *, zero_first: bool) -> int:
+def _copy(
+    disk: Disk,
+    start: int,
+    length_bytes: int,
+    target: Disk,
+    *,
+    zero_first: bool,
+    progress: Callable[[float], None] | None,
+) -> int:
     """Copy into a target that reads as zeros, or is made so first. Returns the bytes written."""
     written_bytes = 0
     buffer = memoryview(bytearray(_PIECE_BYTES))
@@ -124,6 +135,8 @@ def _copy(disk: Disk, start: int, length_bytes: int, target: Disk, *, zero_first
             for first, last in _data_runs(piece):
                 target.write(at - start + first, piece[first:last])
                 written_bytes += last - first
+            if progress is not None:
+                progress((at - start + len(piece)) / length_bytes)
     return written_bytes
 
 

@@ -16,6 +16,7 @@ from cowfence.qcow2.describe import JsonValue
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
     from cowfence.disk.raw import RawDisk
+    from cowfence.qcow2.commit import Progress
     from cowfence.qcow2.encryption import Secrets
     from cowfence.qcow2.image import Qcow2Disk
     from cowfence.storage.rehearsal import Rehearsal
@@ -36,11 +37,19 @@ class Resized:
         return {"filename": self.path, "old-virtual-size": self.old_size_bytes, "virtual-size": self.size_bytes}
 
 
-def resize_disk(disk: Qcow2Disk | RawDisk, size_bytes: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+def resize_disk(
+    disk: Qcow2Disk | RawDisk,
+    size_bytes: int,
+    *,
+    shrink: bool = False,
+    preallocation: str = "off",
+    progress: Progress | None = None,
+) -> None:
     """Give an open disk another size, durably; whoever uses it waits meanwhile. Its new part reads as zeros.
 
     ``shrink``: it may become smaller; what lies behind its new end is gone then. ``preallocation``: see
-    ``qcow2.resize.Preallocation``; of a raw disk "off", "falloc" or "full".
+    ``qcow2.resize.Preallocation``; of a raw disk "off", "falloc" or "full". ``progress`` is told the fraction of it that is
+    done.
 
     Raises Invalid (the size, or a smaller one without ``shrink``), Unsupported, ReadOnly, NoSpace, Corrupt, StorageFailed.
     """
@@ -57,12 +66,12 @@ def resize_disk(disk: Qcow2Disk | RawDisk, size_bytes: int, *, shrink: bool = Fa
     if isinstance(disk, RawDisk):
         if preallocation == "metadata":
             raise Unsupported(disk.name, f"Unsupported preallocation mode: {preallocation}")
-        disk.resize(size_bytes, reserve=preallocation == "falloc", fill=preallocation == "full")
+        disk.resize(size_bytes, reserve=preallocation == "falloc", fill=preallocation == "full", progress=progress)
         return
     from cowfence.qcow2.resize import Preallocation, resize
 
     mode = Preallocation(preallocation)
-    disk.alter(lambda alteration: resize(alteration, size_bytes, mode))
+    disk.alter(lambda alteration: resize(alteration, size_bytes, mode, progress=progress))
 
 
 def resize(
@@ -77,6 +86,7 @@ def resize(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
+    progress: Progress | None = None,
 ) -> Resized:
     """Resize the image at ``path``. ``relative``: 1 adds ``size_bytes`` to its size, -1 takes them away, 0 sets it.
 
@@ -95,5 +105,5 @@ def resize(
     ) as disk:
         old_bytes = disk.size
         wanted_bytes = old_bytes + relative * size_bytes if relative else size_bytes
-        resize_disk(disk, wanted_bytes, shrink=shrink, preallocation=preallocation)
+        resize_disk(disk, wanted_bytes, shrink=shrink, preallocation=preallocation, progress=progress)
         return Resized(os.fspath(path), old_bytes, disk.size)

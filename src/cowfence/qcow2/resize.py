@@ -43,6 +43,7 @@ from cowfence.qcow2.write import LinkHome, free_entry, grow_l1
 from cowfence.units import MIB, SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
+    from cowfence.qcow2.commit import Progress
     from cowfence.qcow2.zero import Zeroes
 
 _ZEROS: Final = bytes(MIB)
@@ -58,8 +59,15 @@ class Preallocation(Enum):
     FULL = "full"
 
 
-def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation = Preallocation.OFF) -> None:
-    """Give the disk another size, a multiple of 512 bytes; its new part reads as zeros.
+def resize(
+    alteration: Alteration,
+    size_bytes: int,
+    preallocation: Preallocation = Preallocation.OFF,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Give the disk another size, a multiple of 512 bytes; its new part reads as zeros. ``progress`` is told the fraction of
+    its preallocation that is done, 0 to 1.
 
     Raises Invalid (the size, or too large for an L1 table), Unsupported (version 2 with snapshots, which do not know their
     size), NoSpace and what the storage raises: then the disk has its old size, or, where the size had changed, its new one.
@@ -74,7 +82,7 @@ def resize(alteration: Alteration, size_bytes: int, preallocation: Preallocation
         return
     alteration.before_other_disk(size_bytes)
     if size_bytes > old_bytes:
-        _prepare_growth(alteration, size_bytes, preallocation)
+        _prepare_growth(alteration, size_bytes, preallocation, progress)
     alteration.transaction(lambda: state.pending.patch_header(*size_patch(size_bytes), "header.link"))
     alteration.read_again()
     if size_bytes < old_bytes:
@@ -94,7 +102,7 @@ def _check(state: State, size_bytes: int) -> None:
         raise Invalid(f"{name}: a disk of {size_bytes} bytes is too large for clusters of {state.geometry.cluster_bytes} bytes")
 
 
-def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Preallocation) -> None:
+def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Preallocation, progress: Progress | None) -> None:
     """All but the size."""
     state, zeroes = alteration.state, alteration.zeroes
     assert zeroes is not None
@@ -128,6 +136,8 @@ def _prepare_growth(alteration: Alteration, size_bytes: int, preallocation: Prea
         at = cluster_end
         while at < size_bytes:
             at += alteration.transaction(lambda at=at: _allocate(state, at, size_bytes, preallocation))  # type: ignore[misc]
+            if progress is not None:
+                progress(min(at, size_bytes) / size_bytes)
 
 
 def _lengthen_data(state: State, old_bytes: int, size_bytes: int) -> None:
