@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cowfence.nbd.handshake import ClientHandshake, Negotiated
-from cowfence.nbd.messages import ChunkHeader, Command, RequestHeader
-from cowfence.nbd.server import Export, Limits, Server
+from cowfence.nbd.client_handshake import ClientHandshake
+from cowfence.nbd.export import Export
+from cowfence.nbd.framing import Style
+from cowfence.nbd.messages import (
+    CHUNK_HEADER,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    Chunk,
+    ChunkHeader,
+    Command,
+    RequestHeader,
+    encode_error_payload,
+    encode_hole_payload,
+    encode_status_payload,
+)
+from cowfence.nbd.negotiation import Negotiated
+from cowfence.nbd.server import Limits, Server
 
 
 @contextmanager
@@ -31,13 +46,13 @@ def serving(folder: Path, exports: Mapping[str, Export], limits: Limits | None =
 class BareClient:
     """A client that sends what it is told to, right or wrong."""
 
-    def __init__(self, path: Path, export: str = "", *, negotiate: bool = True) -> None:
+    def __init__(self, path: Path, export: str = "", *, negotiate: bool = True, style: Style = Style.STRUCTURED) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(10)
         self.sock.connect(str(path))
         self.agreed: Negotiated | None = None
         if negotiate:
-            handshake = ClientHandshake(export)
+            handshake = ClientHandshake(export, style=style)
             while not handshake.ended:
                 self.sock.sendall(handshake.receive(self.sock.recv(4096)))
             self.agreed = handshake.result
@@ -95,3 +110,24 @@ class BareClient:
 
     def __exit__(self, *_: object) -> None:
         self.sock.close()
+
+
+def encode_chunk(cookie: int, kind: int, payload: bytes, *, done: bool = True) -> bytes:
+    """A structured reply chunk."""
+    return CHUNK_HEADER.pack(STRUCTURED_REPLY_MAGIC, 1 if done else 0, kind, cookie, len(payload)) + payload
+
+
+def encode_simple_reply(cookie: int, error: int = 0) -> bytes:
+    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
+
+
+def encode_error_chunk(cookie: int, error: int, message: str) -> bytes:
+    return encode_chunk(cookie, Chunk.ERROR, encode_error_payload(error, message))
+
+
+def encode_hole_chunk(cookie: int, offset: int, length_bytes: int, *, done: bool = True) -> bytes:
+    return encode_chunk(cookie, Chunk.OFFSET_HOLE, encode_hole_payload(offset, length_bytes), done=done)
+
+
+def encode_status_chunk(cookie: int, context_id: int, descriptors: Iterable[tuple[int, int]]) -> bytes:
+    return encode_chunk(cookie, Chunk.BLOCK_STATUS, encode_status_payload(context_id, descriptors))

@@ -18,7 +18,8 @@ import pytest
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import NoSpace, ReadOnly, StorageFailed
 from cowfence.nbd.client import NbdDisk
-from cowfence.nbd.server import Export, Server
+from cowfence.nbd.export import Export
+from cowfence.nbd.server import Server
 from cowfence.storage.file import FileStorage
 from cowfence.units import KIB, MIB
 from helpers_nbd import serving

@@ -18,8 +18,9 @@ import cowfence
 from cowfence.cli.main import add_output_option, add_reference_options, references, size_bytes
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid, StorageFailed
+from cowfence.nbd.export import Export
 from cowfence.nbd.messages import DEFAULT_PORT
-from cowfence.nbd.server import Export, Server
+from cowfence.nbd.server import Server
 from cowfence.units import MIB
 
 _LOOPBACK = "127.0.0.1"

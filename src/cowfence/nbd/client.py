@@ -14,6 +14,7 @@ the write, and a trim that is not offered is not sent (the range then reads as b
 from __future__ import annotations
 
 import errno
+import getpass
 import os
 import select
 import socket
@@ -21,21 +22,102 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.disk.base import Outcome, Request, Verb
 from cowfence.errors import Closed, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.extents import Extent, merge
+from cowfence.nbd.client_handshake import ClientHandshake, Listed, ListHandshake
 from cowfence.nbd.client_transmission import ClientTransmission, Completion
-from cowfence.nbd.handshake import ClientHandshake, Negotiated
-from cowfence.nbd.messages import Command, CommandFlag, NbdErrno, ProtocolError, RequestHeader, State, TransmissionFlag
+from cowfence.nbd.framing import Style
+from cowfence.nbd.messages import BASE_ALLOCATION, Command, CommandFlag, NbdErrno, ProtocolError, State, TransmissionFlag
+from cowfence.nbd.negotiation import Negotiated, Negotiation
 from cowfence.nbd.uri import NbdUri
 from cowfence.storage.base import Buffer, WritableBuffer
 from cowfence.units import GIB, KIB, align_down
 
+if TYPE_CHECKING:
+    from cowfence.nbd.tls import TlsSession
+
 _RECEIVE_BYTES: Final = 256 * KIB
 _IN_FLIGHT_MAX: Final = 64
 _ZEROS_BYTES: Final = 64 * KIB
+_KNOWN_FLAGS: Final = 0x1FFF
+
+
+def converse(sock: socket.socket, handshake: Negotiation, tls: TlsSession | None) -> None:
+    """Carry a negotiation to its end over a socket that waits; ``tls`` begins where it wants that. Raises OSError, and what the
+    negotiation raises."""
+
+    def receive() -> bytes:
+        data = sock.recv(_RECEIVE_BYTES)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection in the handshake")
+        return data
+
+    def send(message: bytes) -> None:
+        sock.sendall(message if tls is None or not tls.established else tls.encrypt((message,)))
+
+    while not handshake.ended:
+        data = receive()
+        if tls is not None and tls.established:
+            data = tls.receive(data)
+            sock.sendall(tls.take())
+        send(handshake.receive(data))
+        if handshake.wants_tls and tls is not None:
+            plain = tls.receive()
+            sock.sendall(tls.take())
+            while not tls.established:
+                plain = tls.receive(receive())
+                sock.sendall(tls.take())
+            handshake.secured()
+            send(handshake.receive(plain))
+
+
+def _tls_of(uri: NbdUri) -> TlsSession | None:
+    """The session that a URI asks for. Raises as ``tls.client_context`` and ``tls.psk_context`` do."""
+    if not uri.tls:
+        return None
+    from cowfence.nbd.tls import TlsSession, client_context, psk_context
+
+    hostname = uri.tls_hostname or (uri.host if uri.socket_path is None else None)
+    if uri.psk_file is not None:
+        context = psk_context(uri.psk_file, user=uri.user or getpass.getuser())
+    else:
+        context = client_context(uri.tls_directory, verify_peer=uri.verify_peer, hostname=hostname)
+    return TlsSession(context, server_side=False, hostname=hostname)
+
+
+def list_exports(uri: str | NbdUri, *, timeout_seconds: float | None = 30.0) -> list[Listed]:
+    """What the server at a URI exports, whatever export it names. Raises as ``NbdDisk`` does."""
+    where = NbdUri.parse(uri) if isinstance(uri, str) else uri
+    handshake = ListHandshake(tls=where.tls)
+    sock = connect(where, timeout_seconds)
+    try:
+        converse(sock, handshake, _tls_of(where))
+    except OSError as error:
+        raise StorageFailed(str(where), "handshake", 0, error) from error
+    finally:
+        sock.close()
+    return handshake.listed
+
+
+def connect(uri: NbdUri, timeout_seconds: float | None) -> socket.socket:
+    """A socket to the server at a URI. Raises StorageFailed."""
+    sock: socket.socket | None = None
+    try:
+        if uri.socket_path is not None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout_seconds)
+            sock.connect(uri.socket_path)
+        else:
+            sock = socket.create_connection((uri.host, uri.port), timeout_seconds)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise StorageFailed(str(uri), "connect", 0, error) from error
+    return sock
 
 
 class _Piece(NamedTuple):
@@ -51,31 +133,45 @@ class _Piece(NamedTuple):
 
 
 class NbdDisk:
-    """``Disk`` at an NBD URI. ``timeout_seconds`` bounds each wait for the server; None waits for ever.
+    """``Disk`` at an NBD URI. ``timeout_seconds`` bounds each wait for the server; None waits for ever. ``contexts``: the
+    metadata contexts to ask for; those that the server has are in ``contexts`` then, for ``status``. ``style``: the best one to
+    ask for.
 
     Raises ``StorageFailed`` (no connection), ``Unsupported`` (refused by the server), ``ProtocolError``, ``Invalid`` (the URI).
     """
 
-    def __init__(self, uri: str | NbdUri, *, timeout_seconds: float | None = 30.0) -> None:
+    def __init__(
+        self,
+        uri: str | NbdUri,
+        *,
+        timeout_seconds: float | None = 30.0,
+        contexts: Sequence[str] = (BASE_ALLOCATION,),
+        style: Style = Style.EXTENDED,
+    ) -> None:
         self.uri = NbdUri.parse(uri) if isinstance(uri, str) else uri
         self._name = str(self.uri)
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._broken: CowfenceError | None = None
-        self._sock = self._connect()
+        self._tls = _tls_of(self.uri)
+        self._sock = connect(self.uri, timeout_seconds)
         try:
-            agreed, trailing = self._negotiate()
+            agreed, trailing = self._negotiate(
+                ClientHandshake(self.uri.export, contexts=contexts, style=style, tls=self.uri.tls)
+            )
         except BaseException:
             self._sock.close()
             raise
         self.size = agreed.export.size_bytes
         self.block_bytes = agreed.export.preferred_block_bytes
+        self.style = agreed.style
+        self.contexts = tuple(agreed.contexts)
         self._minimum_bytes = agreed.export.minimum_block_bytes
         self._maximum_bytes = align_down(agreed.export.maximum_block_bytes, self._minimum_bytes)
-        self._flags = TransmissionFlag(agreed.export.flags & 0xFFF)
-        self._has_status = agreed.allocation_context is not None
-        self._machine = ClientTransmission(structured=agreed.structured, allocation_context=agreed.allocation_context)
+        self._flags = TransmissionFlag(agreed.export.flags & _KNOWN_FLAGS)
+        self._context_ids = dict(agreed.contexts)
+        self._machine = ClientTransmission(style=agreed.style, contexts=agreed.contexts.values())
         self._sock.setblocking(False)
         if trailing:
             self._sock.close()
@@ -83,30 +179,9 @@ class NbdDisk:
 
     # --- the connection ---
 
-    def _connect(self) -> socket.socket:
-        sock: socket.socket | None = None
+    def _negotiate(self, handshake: ClientHandshake) -> tuple[Negotiated, bytes]:
         try:
-            if self.uri.socket_path is not None:
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.settimeout(self._timeout_seconds)
-                sock.connect(self.uri.socket_path)
-            else:
-                sock = socket.create_connection((self.uri.host, self.uri.port), self._timeout_seconds)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            if sock is not None:
-                sock.close()
-            raise StorageFailed(self._name, "connect", 0, error) from error
-        return sock
-
-    def _negotiate(self) -> tuple[Negotiated, bytes]:
-        handshake = ClientHandshake(self.uri.export)
-        try:
-            while not handshake.ended:
-                data = self._sock.recv(_RECEIVE_BYTES)
-                if not data:
-                    raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection in the handshake")
-                self._sock.sendall(handshake.receive(data))
+            converse(self._sock, handshake, self._tls)
         except OSError as error:
             raise StorageFailed(self._name, "handshake", 0, error) from error
         if handshake.result is None:
@@ -144,9 +219,10 @@ class NbdDisk:
                 index, piece = waiting.popleft()
                 cookie, header = machine.request(piece.command, piece.offset, piece.length_bytes, int(piece.flags))
                 cookies[cookie] = index
-                outgoing.append(memoryview(header))
+                message = [memoryview(header)]
                 if piece.command is Command.WRITE:
-                    outgoing.append(memoryview(piece.data).cast("B"))
+                    message.append(memoryview(piece.data).cast("B"))
+                outgoing.extend(message if self._tls is None else (memoryview(self._tls.encrypt(message)),))
             poller.register(sock, select.POLLIN | (select.POLLOUT if outgoing else 0))
             if not poller.poll(None if self._timeout_seconds is None else self._timeout_seconds * 1000):
                 raise TimeoutError(errno.ETIMEDOUT, "the server does not answer")
@@ -158,6 +234,9 @@ class NbdDisk:
                 continue
             if not data:
                 raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
+            if self._tls is not None:
+                data = self._tls.receive(data)
+                outgoing.extend((memoryview(self._tls.take()),))
             for completion in machine.receive(data):
                 done[cookies[completion.cookie]] = completion
         return [done[index] for index in range(len(pieces))]
@@ -305,21 +384,40 @@ class NbdDisk:
         return merge(self._extents(offset, offset + length_bytes))
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
-        if not self._has_status:
+        if BASE_ALLOCATION not in self._context_ids:
             yield Extent(offset, end - offset, zero=False, data=True, present=True)
             return
-        most_bytes = align_down(4 * GIB - 1, self._minimum_bytes)
+        for start, length_bytes, state in self._status(BASE_ALLOCATION, offset, end):
+            zero, hole = bool(state & State.ZERO), bool(state & State.HOLE)
+            yield Extent(start, length_bytes, zero=zero, data=not zero, present=not hole)
+
+    def status(self, context: str, offset: int, length_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """What a metadata context says about a range: (offset, length in bytes, state), in order and without gaps.
+
+        Raises Invalid for a context that the server does not have, and OutOfRange.
+        """
+        if context not in self._context_ids:
+            raise Invalid(f"{self._name}: the server has no metadata context {context!a}")
+        if offset < 0 or length_bytes < 0 or offset + length_bytes > self.size:
+            raise OutOfRange(offset, length_bytes, self.size)
+        return self._status(context, offset, offset + length_bytes)
+
+    def _status(self, context: str, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        context_id = self._context_ids[context]
+        longest = end if self.style is Style.EXTENDED else 4 * GIB - 1
+        most_bytes = max(align_down(longest, self._minimum_bytes), self._minimum_bytes)
         while offset < end:
             piece = _Piece(0, Command.BLOCK_STATUS, 0, offset, min(end - offset, most_bytes), b"", 0)
             (completion,) = self._transact((piece,))
             if completion.error:
                 raise self._error(piece, completion)
-            for length_bytes, state in completion.descriptors:
+            if context_id not in completion.statuses:
+                raise ProtocolError(f"{self._name}: the server left out the metadata context {context}")
+            for length_bytes, state in completion.statuses[context_id]:
                 # Lengths are the server's word: each is over zero (checked when decoded) and is cut at the range's end.
                 length_bytes = min(length_bytes, end - offset)
-                zero, hole = bool(state & State.ZERO), bool(state & State.HOLE)
                 if length_bytes:
-                    yield Extent(offset, length_bytes, zero=zero, data=not zero, present=not hole)
+                    yield offset, length_bytes, state
                 offset += length_bytes
 
     # --- the end ---
@@ -337,7 +435,8 @@ class NbdDisk:
                 if self.writable and self._flags & TransmissionFlag.SEND_FLUSH:
                     self.flush()
                 self._sock.setblocking(True)
-                self._sock.sendall(RequestHeader(0, Command.DISC, 0, 0, 0).encode())
+                _, header = self._machine.request(Command.DISC)
+                self._sock.sendall(header if self._tls is None else self._tls.encrypt((header,)) + self._tls.goodbye())
         except OSError as error:
             raise StorageFailed(self._name, "disconnect", 0, error) from error
         finally:

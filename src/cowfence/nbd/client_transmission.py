@@ -6,11 +6,17 @@ Every length and range that a server sends is held against what was asked; nothi
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
+from cowfence.nbd.framing import Descriptors, Style
 from cowfence.nbd.messages import (
     CHUNK_HEADER,
+    EXTENDED_CHUNK_HEADER,
+    EXTENDED_CHUNK_MAGIC,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
     STATUS_MAX_DESCRIPTORS,
@@ -20,12 +26,16 @@ from cowfence.nbd.messages import (
     Chunk,
     ChunkHeader,
     Command,
+    CommandFlag,
     ProtocolError,
     RequestHeader,
     decode_error_payload,
     decode_hole_payload,
     decode_status_payload,
+    decode_wide_status_payload,
 )
+
+_NO_STATUSES: Final[Mapping[int, Descriptors]] = MappingProxyType({})
 
 
 class Pending(NamedTuple):
@@ -39,26 +49,26 @@ class Pending(NamedTuple):
 class Completion(NamedTuple):
     """The reply to one request, complete. ``error`` is 0 for success, ``text`` what the server said about a failure.
 
-    ``data``: the bytes of a READ. ``descriptors``: (length in bytes, state) of a BLOCK_STATUS.
+    ``data``: the bytes of a READ. ``statuses``: of a BLOCK_STATUS, (length in bytes, state) for each context's id.
     """
 
     cookie: int
     error: int = 0
     text: str = ""
     data: bytearray | None = None
-    descriptors: Sequence[tuple[int, int]] = ()
+    statuses: Mapping[int, Descriptors] = _NO_STATUSES
 
 
 class _Assembly:
     """A structured reply while its chunks come in."""
 
-    __slots__ = ("covered", "covered_bytes", "data", "descriptors", "error", "text")
+    __slots__ = ("covered", "covered_bytes", "data", "error", "statuses", "text")
 
     def __init__(self, pending: Pending) -> None:
         self.data = bytearray(pending.length_bytes) if pending.command == Command.READ else None
         self.covered: list[tuple[int, int]] = []
         self.covered_bytes = 0
-        self.descriptors: Sequence[tuple[int, int]] = ()
+        self.statuses: dict[int, Descriptors] = {}
         self.error = 0
         self.text = ""
 
@@ -79,10 +89,11 @@ class ClientTransmission:
     ``receive`` raises ``ProtocolError`` for anything that the specification does not allow; the connection is then useless.
     """
 
-    def __init__(self, *, structured: bool, allocation_context: int | None) -> None:
+    def __init__(self, *, style: Style, contexts: Iterable[int] = ()) -> None:
         self.pending: dict[int, Pending] = {}
-        self._structured = structured
-        self._context = allocation_context
+        self._style = style
+        self._contexts = frozenset(contexts)
+        self._status_kind = Chunk.BLOCK_STATUS_EXT if style is Style.EXTENDED else Chunk.BLOCK_STATUS
         self._next_cookie = 1
         self._received = bytearray()
         self._assemblies: dict[int, _Assembly] = {}
@@ -95,6 +106,10 @@ class ClientTransmission:
         cookie = self._next_cookie
         self._next_cookie += 1
         self.pending[cookie] = Pending(command, offset, length_bytes)
+
+        if self._style is Style.EXTENDED:
+            flags |= CommandFlag.PAYLOAD_LEN if command == Command.WRITE else 0
+            return cookie, EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length_bytes)
         return cookie, RequestHeader(flags, command, cookie, offset, length_bytes).encode()
 
     def receive(self, data: Buffer) -> list[Completion]:
@@ -117,23 +132,33 @@ class ClientTransmission:
         while True:
             first = yield 4
             magic = int.from_bytes(first, "big")
-            if magic == SIMPLE_REPLY_MAGIC:
+            if magic == SIMPLE_REPLY_MAGIC and self._style < Style.EXTENDED:
                 rest = yield SIMPLE_REPLY.size - 4
                 _, error, cookie = SIMPLE_REPLY.unpack(first + rest)
                 pending = self._asked(cookie)
                 data = None
-                if pending.command in (Command.READ, Command.BLOCK_STATUS) and self._structured:
+                if pending.command in (Command.READ, Command.BLOCK_STATUS) and self._style is not Style.SIMPLE:
                     raise ProtocolError("a simple reply where a structured one was agreed on")
                 if pending.command == Command.READ and not error:
                     data = bytearray((yield pending.length_bytes))
                 self._complete(Completion(cookie, error, "", data))
-            elif magic == STRUCTURED_REPLY_MAGIC and self._structured:
+            elif magic == STRUCTURED_REPLY_MAGIC and self._style is Style.STRUCTURED:
                 rest = yield CHUNK_HEADER.size - 4
                 header = ChunkHeader(*CHUNK_HEADER.unpack(first + rest)[1:])
                 pending = self._asked(header.cookie)
                 if header.length_bytes > self._most_payload(header, pending):
                     raise ProtocolError(f"a reply chunk of {header.length_bytes} bytes")
                 self._take_chunk(header, pending, (yield header.length_bytes))
+            elif magic == EXTENDED_CHUNK_MAGIC and self._style is Style.EXTENDED:
+                rest = yield EXTENDED_CHUNK_HEADER.size - 4
+                _, flags, kind, cookie, offset, length_bytes = EXTENDED_CHUNK_HEADER.unpack(first + rest)
+                pending = self._asked(cookie)
+                if offset != pending.offset:
+                    raise ProtocolError("a reply with the offset of another request")
+                header = ChunkHeader(flags, kind, cookie, length_bytes)
+                if length_bytes > self._most_payload(header, pending):
+                    raise ProtocolError(f"a reply chunk of {length_bytes} bytes")
+                self._take_chunk(header, pending, (yield length_bytes))
             else:
                 raise ProtocolError(f"reply: wrong magic {magic:#x}")
 
@@ -143,14 +168,13 @@ class ClientTransmission:
             raise ProtocolError(f"a reply to request {cookie}, which is not waiting for one")
         return pending
 
-    @staticmethod
-    def _most_payload(header: ChunkHeader, pending: Pending) -> int:
+    def _most_payload(self, header: ChunkHeader, pending: Pending) -> int:
         if header.is_error:
             return 6 + STRING_MAX_BYTES + 64
         if header.kind == Chunk.OFFSET_DATA and pending.command == Command.READ:
             return 8 + pending.length_bytes
-        if header.kind == Chunk.BLOCK_STATUS and pending.command == Command.BLOCK_STATUS:
-            return 4 + 8 * STATUS_MAX_DESCRIPTORS
+        if header.kind == self._status_kind and pending.command == Command.BLOCK_STATUS:
+            return 8 + 16 * STATUS_MAX_DESCRIPTORS
         return 12
 
     def _take_chunk(self, header: ChunkHeader, pending: Pending, payload: bytes) -> None:
@@ -172,11 +196,12 @@ class ClientTransmission:
             if not length_bytes:
                 raise ProtocolError("hole chunk without length")
             self._content(assembly, pending, offset, length_bytes, None)
-        elif header.kind == Chunk.BLOCK_STATUS and pending.command == Command.BLOCK_STATUS:
-            context_id, descriptors = decode_status_payload(payload)
-            if context_id != self._context or assembly.descriptors:
+        elif header.kind == self._status_kind and pending.command == Command.BLOCK_STATUS:
+            decode = decode_wide_status_payload if self._style is Style.EXTENDED else decode_status_payload
+            context_id, descriptors = decode(payload)
+            if context_id not in self._contexts or context_id in assembly.statuses:
                 raise ProtocolError("block status of a context that was not asked for, or twice")
-            assembly.descriptors = descriptors
+            assembly.statuses[context_id] = descriptors
         else:
             raise ProtocolError(f"a chunk of type {header.kind} in reply to {pending.command.name}")
         if header.done:
@@ -195,9 +220,9 @@ class ClientTransmission:
         if not assembly.error:
             if pending.command == Command.READ and assembly.covered_bytes != pending.length_bytes:
                 raise ProtocolError(f"a reply with {assembly.covered_bytes} of {pending.length_bytes} bytes")
-            if pending.command == Command.BLOCK_STATUS and not assembly.descriptors:
+            if pending.command == Command.BLOCK_STATUS and not assembly.statuses:
                 raise ProtocolError("a block status reply without a status")
-        self._complete(Completion(cookie, assembly.error, assembly.text, assembly.data, assembly.descriptors))
+        self._complete(Completion(cookie, assembly.error, assembly.text, assembly.data, assembly.statuses))
 
     def _complete(self, completion: Completion) -> None:
         del self.pending[completion.cookie]

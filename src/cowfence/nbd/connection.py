@@ -8,8 +8,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from cowfence.disk.base import Disk
+from cowfence.nbd.export import Export
 from cowfence.nbd.handshake import ServerHandshake
+from cowfence.nbd.tls import TlsSession
 from cowfence.nbd.transmission import (
     Reply,
     ServerTransmission,
@@ -35,14 +36,15 @@ class Pace:
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One client. ``transmission`` and ``disk`` are there once the handshake is over."""
+    """One client. ``transmission`` and ``export`` are there once the handshake is over."""
 
     sock: socket.socket
     fd: int
     handshake: ServerHandshake
     deadline: float
     transmission: ServerTransmission | None = None
-    disk: Disk | None = None
+    export: Export | None = None
+    tls: TlsSession | None = None
     pace: Pace = field(default_factory=Pace)
     unsent: deque[Reply] = field(default_factory=deque)
     unsent_bytes: int = 0

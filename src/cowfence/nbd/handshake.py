@@ -1,34 +1,28 @@
-"""The fixed newstyle negotiation, both sides, as state machines: bytes in, bytes to send out, a result at the end.
+"""The server's side of the negotiation (``negotiation`` has what both sides share).
 
-Each side is a generator, so that it reads like the specification's conversation: it yields how many bytes it needs next
-and gets exactly these, however the network cut them. ``receive`` feeds it and returns what to send. Once ``ended`` is set,
-``result`` says what was agreed on (None: the session is over), and ``trailing`` holds bytes that already belong to the
-transmission.
+What it promises to itself: every length is checked before a byte of it is kept; an option's data is at most 64 KiB, larger ones
+are skipped without being stored, and absurd ones close; a client has a bounded number of options and a bounded number of reply
+bytes; nothing is opened or looked up before a client names an export; names are keys of a table and never paths.
 
-What the server side promises to itself: every length is checked before a byte of it is kept; an option's data is at most
-64 KiB, larger ones are skipped without being stored, and absurd ones close; a client has a bounded number of options and a
-bounded number of reply bytes; nothing is opened or looked up before a client names an export; names are keys of a table and
-never paths. The server runs without TLS ("NOTLS mode"): STARTTLS is refused as policy.
+TLS is refused as policy (``Tls.OFF``, "NOTLS mode"), offered ("SELECTIVETLS mode"), or required ("FORCEDTLS mode"). What a
+client chose before TLS began is forgotten: somebody else may have chosen it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from enum import Enum
 from typing import TypeAlias
 
-from cowfence.errors import CowfenceError, Unsupported
+from cowfence.nbd.framing import Style
 from cowfence.nbd.messages import (
-    BASE_ALLOCATION,
     CLIENT_FLAGS,
+    DIRTY_BITMAP,
     EXPORT_NAME_PADDING_BYTES,
     EXPORT_SIZE_FLAGS,
-    GREETING,
     OPTION_HEADER,
     OPTION_MAX_BYTES,
-    OPTION_REPLY_HEADER,
-    PAYLOAD_MAX_BYTES,
-    REP_ERROR_BIT,
     STRING_MAX_BYTES,
     Buffer,
     Greeting,
@@ -45,119 +39,56 @@ from cowfence.nbd.messages import (
     Rep,
     ServerEntry,
     TransmissionFlag,
-    decode_info,
     decode_option_header,
-    decode_option_reply_header,
     decode_string,
-    encode_option,
     encode_option_reply,
     encode_string,
 )
+from cowfence.nbd.negotiation import ExportInfo, Negotiated, Negotiation, Script
 from cowfence.units import KIB, MIB
-
-ALLOCATION_CONTEXT_ID = 1
-"""The id under which this server reports base:allocation."""
 
 _FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _SKIP_MAX_BYTES = MIB
 _REPLIES_MAX_BYTES = 4 * MIB
 _SKIP_STEP_BYTES = 64 * KIB
-_DEFAULT_SIZES = InfoBlockSize(1, 4096, PAYLOAD_MAX_BYTES)
-
-Script: TypeAlias = Generator[int, bytes, None]
-
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """What a client may know of an export. Sizes in bytes; ``flags`` without SEND_DF, which the negotiation adds."""
-
-    name: str
-    size_bytes: int
-    flags: int
-    description: str = ""
-    minimum_block_bytes: int = 1
-    preferred_block_bytes: int = 4096
-    maximum_block_bytes: int = PAYLOAD_MAX_BYTES
-
+_WILDCARDS = ("base:", "qemu:", DIRTY_BITMAP)
 
 Exports: TypeAlias = Mapping[str, ExportInfo]
 """Exports by name. A value is asked for when a client names it, so the mapping may make it then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiated:
-    """What both sides agreed on when the transmission begins.
+class Tls(Enum):
+    """What the server does about TLS."""
 
-    ``allocation_context``: the id under which base:allocation was selected, None if it was not.
-    """
-
-    export: ExportInfo
-    structured: bool
-    allocation_context: int | None
+    OFF = "off"
+    OFFERED = "offered"
+    REQUIRED = "required"
 
 
-class _Negotiation:
-    """Feeds a script with exact pieces of what arrives and collects what it says."""
-
-    def __init__(self) -> None:
-        self.result: Negotiated | None = None
-        self.ended = False
-        self.trailing = b""
-        self._received = bytearray()
-        self._out: list[bytes] = []
-        self._out_bytes = 0
-        self._script = self._converse()
-        self._need_bytes = next(self._script)
-
-    def _converse(self) -> Script:
-        raise NotImplementedError
-
-    def _say(self, message: bytes) -> None:
-        self._out.append(message)
-        self._out_bytes += len(message)
-
-    def receive(self, data: Buffer = b"") -> bytes:
-        """Take what arrived and return what to send. Bytes after the end of the negotiation go to ``trailing``."""
-        received = self._received
-        received += data
-        position = 0
-        while not self.ended and len(received) - position >= self._need_bytes:
-            piece = bytes(memoryview(received)[position : position + self._need_bytes])
-            position += self._need_bytes
-            try:
-                self._need_bytes = self._script.send(piece)
-            except StopIteration:
-                self.ended = True
-            except CowfenceError:
-                self.ended = True
-                raise
-        del received[:position]
-        if self.ended:
-            self.trailing += bytes(received)
-            received.clear()
-        return self._take()
-
-    def _take(self) -> bytes:
-        said = b"".join(self._out)
-        self._out.clear()
-        self._out_bytes = 0
-        return said
-
-
-class ServerHandshake(_Negotiation):
+class ServerHandshake(Negotiation):
     """The server's side. ``receive`` never raises: where the client breaks the rules, ``problem`` says how and it has ended.
 
     ``receive()`` without data right after the connection was made returns the greeting.
     """
 
-    def __init__(self, exports: Exports, *, options_max: int = 1000) -> None:
+    def __init__(self, exports: Exports, *, tls: Tls = Tls.OFF, options_max: int = 1000) -> None:
         self.problem: ProtocolError | None = None
         self.stopping = False
         self._exports = exports
+        self._tls = tls
+        self._is_secure = False
         self._options_max = options_max
-        self._structured = False
-        self._context_of: str | None = None
+        self._style = Style.SIMPLE
+        self._selected: tuple[str, dict[str, int]] | None = None
         super().__init__()
+
+    def secured_with(self, exports: Exports) -> None:
+        """TLS has begun, and this is what may be exported to whom it showed."""
+        self.secured()
+        self._is_secure = True
+        self._exports = exports
+        self._style = Style.SIMPLE
+        self._selected = None
 
     def receive(self, data: Buffer = b"") -> bytes:
         try:
@@ -218,6 +149,8 @@ class ServerHandshake(_Negotiation):
     def _export_name(self, data: bytes, *, padded: bool) -> None:
         # This option has no error reply: "the server MUST terminate the session".
         name = decode_string(data, "export name")
+        if self._needs_tls:
+            raise ProtocolError("an export was asked for without TLS")
         export = None if self.stopping else self._find(name)
         if export is None:
             raise ProtocolError("no such export")
@@ -227,24 +160,26 @@ class ServerHandshake(_Negotiation):
             self._say(bytes(EXPORT_NAME_PADDING_BYTES))
         self.result = agreed
 
+    @property
+    def _needs_tls(self) -> bool:
+        return self._tls is Tls.REQUIRED and not self._is_secure
+
     def _agree(self, export: ExportInfo) -> Negotiated:
-        flags = export.flags | (TransmissionFlag.SEND_DF if self._structured else 0)
-        context = ALLOCATION_CONTEXT_ID if self._context_of == export.name else None
-        agreed = ExportInfo(
-            export.name,
-            export.size_bytes,
-            int(flags),
-            export.description,
-            export.minimum_block_bytes,
-            export.preferred_block_bytes,
-            export.maximum_block_bytes,
-        )
-        return Negotiated(agreed, self._structured, context)
+        flags = export.flags
+        if self._style >= Style.STRUCTURED:
+            flags |= TransmissionFlag.SEND_DF
+        if self._style >= Style.EXTENDED:
+            flags |= TransmissionFlag.BLOCK_STAT_PAYLOAD
+        name, contexts = self._selected or ("", {})
+        chosen = contexts if name == export.name else {}
+        return Negotiated(replace(export, flags=int(flags)), self._style, chosen)
 
     def _answer(self, option: int, data: bytes) -> None:
         answer = self._ANSWERS.get(option)
         if self.stopping:
             self._reply_error(option, Rep.ERR_SHUTDOWN, "the server is stopping")
+        elif self._needs_tls and option != Option.STARTTLS:
+            self._reply_error(option, Rep.ERR_TLS_REQD, "TLS is required here")
         elif answer is None:
             self._reply_error(option, Rep.ERR_UNSUP, f"option {option} is not known here")
         else:
@@ -266,12 +201,28 @@ class ServerHandshake(_Negotiation):
     def _starttls(self, option: int, data: bytes) -> None:
         if data:
             raise ProtocolError("STARTTLS takes no data")
-        self._reply_error(option, Rep.ERR_POLICY, "this server does not offer TLS")
+        if self._is_secure:
+            raise ProtocolError("TLS has begun already")
+        if self._tls is Tls.OFF:
+            self._reply_error(option, Rep.ERR_POLICY, "this server does not offer TLS")
+            return
+        self._reply(option, Rep.ACK)
+        self.wants_tls = True
 
     def _structured_reply(self, option: int, data: bytes) -> None:
         if data:
             raise ProtocolError("STRUCTURED_REPLY takes no data")
-        self._structured = True
+        if self._style is Style.EXTENDED:
+            raise ProtocolError("extended headers were agreed on, which have structured replies")
+        self._style = Style.STRUCTURED
+        self._reply(option, Rep.ACK)
+
+    def _extended_headers(self, option: int, data: bytes) -> None:
+        if data:
+            raise ProtocolError("EXTENDED_HEADERS takes no data")
+        if self._style is Style.EXTENDED:
+            raise ProtocolError("extended headers were agreed on already")
+        self._style = Style.EXTENDED
         self._reply(option, Rep.ACK)
 
     def _info_or_go(self, option: int, data: bytes) -> None:
@@ -296,24 +247,25 @@ class ServerHandshake(_Negotiation):
     def _meta_context(self, option: int, data: bytes) -> None:
         setting = option == Option.SET_META_CONTEXT
         if setting:
-            self._context_of = None  # a new selection replaces the old one "including when this command fails"
-        if not self._structured:
+            self._selected = None  # a new selection replaces the old one "including when this command fails"
+        if self._style < Style.STRUCTURED:
             raise ProtocolError("metadata contexts need structured replies")
         query = MetaQuery.decode(data)
         export = self._find(query.name)
         if export is None:
             self._reply_error(option, Rep.ERR_UNKNOWN, "no such export")
             return
-        # A bare "base:" is a wildcard for listing and selects nothing; no queries list everything and select nothing.
-        wanted = BASE_ALLOCATION in query.queries
-        if not setting:
-            wanted = wanted or not query.queries or "base:" in query.queries
-        if wanted:
-            context_id = ALLOCATION_CONTEXT_ID if setting else 0
-            self._reply(option, Rep.META_CONTEXT, MetaContext(context_id, BASE_ALLOCATION).encode())
+        # A bare namespace is a wildcard for listing and selects nothing; no queries list everything and select nothing.
+        wanted, wildcards = set(query.queries), tuple(text for text in query.queries if text in _WILDCARDS)
+        chosen: dict[str, int] = {}
+        for context_id, name in enumerate(export.contexts, 1):
+            listed = not setting and (not query.queries or name.startswith(wildcards))
+            if name in wanted or listed:
+                chosen[name] = context_id
+                self._reply(option, Rep.META_CONTEXT, MetaContext(context_id if setting else 0, name).encode())
         self._reply(option, Rep.ACK)
-        if setting and wanted:
-            self._context_of = export.name
+        if setting:
+            self._selected = export.name, chosen
 
     _ANSWERS: Mapping[int, Callable[[ServerHandshake, int, bytes], None]] = {
         Option.LIST: _list,
@@ -321,101 +273,7 @@ class ServerHandshake(_Negotiation):
         Option.INFO: _info_or_go,
         Option.GO: _info_or_go,
         Option.STRUCTURED_REPLY: _structured_reply,
+        Option.EXTENDED_HEADERS: _extended_headers,
         Option.LIST_META_CONTEXT: _meta_context,
         Option.SET_META_CONTEXT: _meta_context,
     }
-
-
-class ClientHandshake(_Negotiation):
-    """The client's side: asks for structured replies, base:allocation and the export, falling back where the server cannot.
-
-    ``receive`` raises ``ProtocolError`` where the server breaks the rules and ``Unsupported`` where it refuses the export.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        super().__init__()
-
-    def _converse(self) -> Script:
-        flags = Greeting.decode((yield GREETING.size)).flags
-        self._say(CLIENT_FLAGS.pack(flags & _FLAGS))
-        padded = not flags & HandshakeFlag.NO_ZEROES
-        if not flags & HandshakeFlag.FIXED_NEWSTYLE:
-            yield from self._plain_export_name(padded=padded)
-            return
-        replies: list[tuple[int, bytes]] = []
-        yield from self._ask(Option.STRUCTURED_REPLY, b"", replies)
-        structured = replies[-1][0] == Rep.ACK
-        context = None
-        if structured:
-            yield from self._ask(Option.SET_META_CONTEXT, MetaQuery(self._name, (BASE_ALLOCATION,)).encode(), replies)
-            if replies[-1][0] == Rep.ACK:
-                context = self._selected(replies)
-        yield from self._ask(Option.GO, InfoQuery(self._name, (Info.BLOCK_SIZE,)).encode(), replies)
-        reply, text = replies[-1]
-        if reply == Rep.ERR_UNSUP:
-            yield from self._plain_export_name(padded=padded, structured=structured, context=context)
-            return
-        if reply != Rep.ACK:
-            what = decode_string(text[:STRING_MAX_BYTES], "error text") if text else _name_of(reply)
-            raise Unsupported(f"NBD export '{self._name}'", f"the server refuses it: {what}")
-        self.result = Negotiated(self._described(replies), structured, context)
-
-    def _ask(self, option: int, data: bytes, replies: list[tuple[int, bytes]]) -> Script:
-        """Send one option; its replies, up to the final one, are left in ``replies``."""
-        replies.clear()
-        self._say(encode_option(option, data))
-        while True:
-            answered, reply, length_bytes = decode_option_reply_header((yield OPTION_REPLY_HEADER.size))
-            if answered != option:
-                raise ProtocolError(f"a reply to option {answered} where {option} was asked")
-            if length_bytes > OPTION_MAX_BYTES or len(replies) >= 1000:
-                raise ProtocolError(f"replies to option {option} without end")
-            replies.append((reply, (yield length_bytes)))
-            if reply == Rep.ACK or reply & REP_ERROR_BIT:
-                return
-
-    @staticmethod
-    def _selected(replies: list[tuple[int, bytes]]) -> int | None:
-        for reply, data in replies:
-            if reply == Rep.META_CONTEXT:
-                context = MetaContext.decode(data)
-                if context.name == BASE_ALLOCATION:
-                    return context.context_id
-        return None
-
-    def _described(self, replies: list[tuple[int, bytes]]) -> ExportInfo:
-        export: InfoExport | None = None
-        sizes = _DEFAULT_SIZES
-        for reply, data in replies:
-            information = decode_info(data) if reply == Rep.INFO else None
-            if isinstance(information, InfoExport):
-                export = information
-            elif isinstance(information, InfoBlockSize):
-                sizes = information
-        if export is None:
-            raise ProtocolError("the server gave no size of the export")
-        return self._export(export.size_bytes, export.flags, sizes)
-
-    def _export(self, size_bytes: int, flags: int, sizes: InfoBlockSize) -> ExportInfo:
-        if size_bytes >= 1 << 63:
-            raise ProtocolError(f"an export of {size_bytes} bytes")
-        if not flags & TransmissionFlag.HAS_FLAGS:
-            flags = 0
-        # Where a server names no limit or a higher one, requests still stay at the portable limit.
-        maximum = min(sizes.maximum_bytes, PAYLOAD_MAX_BYTES)
-        return ExportInfo(self._name, size_bytes, flags, "", sizes.minimum_bytes, sizes.preferred_bytes, maximum)
-
-    def _plain_export_name(self, *, padded: bool, structured: bool = False, context: int | None = None) -> Script:
-        self._say(encode_option(Option.EXPORT_NAME, encode_string(self._name)))
-        size_bytes, flags = EXPORT_SIZE_FLAGS.unpack((yield EXPORT_SIZE_FLAGS.size))
-        if padded:
-            yield EXPORT_NAME_PADDING_BYTES
-        self.result = Negotiated(self._export(size_bytes, flags, _DEFAULT_SIZES), structured, context)
-
-
-def _name_of(reply: int) -> str:
-    try:
-        return Rep(reply).name
-    except ValueError:
-        return f"error {reply & ~REP_ERROR_BIT}"

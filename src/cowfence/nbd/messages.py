@@ -72,6 +72,7 @@ class TransmissionFlag(IntFlag):
     SEND_RESIZE = 1 << 9
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STAT_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -87,6 +88,7 @@ class Option(IntEnum):
     STRUCTURED_REPLY = 8
     LIST_META_CONTEXT = 9
     SET_META_CONTEXT = 10
+    EXTENDED_HEADERS = 11
 
 
 class Rep(IntEnum):
@@ -105,6 +107,7 @@ class Rep(IntEnum):
     ERR_SHUTDOWN = 1 << 31 | 7
     ERR_BLOCK_SIZE_REQD = 1 << 31 | 8
     ERR_TOO_BIG = 1 << 31 | 9
+    ERR_EXT_HEADER_REQD = 1 << 31 | 10
 
 
 REP_ERROR_BIT = 1 << 31
@@ -122,11 +125,19 @@ class Info(IntEnum):
 BASE_ALLOCATION = "base:allocation"
 """The one metadata context that the specification defines."""
 
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+"""QEMU's (docs/interop/nbd.rst): which layer a range comes from: 1 is the top, 0 none."""
+
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+"""QEMU's: followed by the name of a bitmap. State 1: dirty."""
+
 # --- transmission ---
 
 REQUEST_MAGIC = 0x2560_9513
 SIMPLE_REPLY_MAGIC = 0x6744_6698
 STRUCTURED_REPLY_MAGIC = 0x668E_33EF
+EXTENDED_REQUEST_MAGIC = 0x21E4_1C71
+EXTENDED_CHUNK_MAGIC = 0x6E8A_278C
 
 
 class Command(IntEnum):
@@ -150,6 +161,7 @@ class CommandFlag(IntFlag):
     DF = 1 << 2
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
 
 
 class Chunk(IntEnum):
@@ -159,6 +171,7 @@ class Chunk(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = 1 << 15 | 1
     ERROR_OFFSET = 1 << 15 | 2
 
@@ -204,6 +217,9 @@ SIMPLE_REPLY = Struct(">IIQ")
 CHUNK_HEADER = Struct(">IHHQI")
 DATA_CHUNK = Struct(">IHHQIQ")
 """The header of an OFFSET_DATA chunk together with its offset; the bytes follow."""
+EXTENDED_REQUEST = Struct(">IHHQQQ")
+EXTENDED_CHUNK_HEADER = Struct(">IHHQQQ")
+EXTENDED_DATA_CHUNK = Struct(">IHHQQQQ")
 
 _U16 = Struct(">H")
 _U32 = Struct(">I")
@@ -213,6 +229,8 @@ _HOLE = Struct(">QI")
 _ERROR = Struct(">IH")
 _OFFSET = Struct(">Q")
 _DESCRIPTOR = Struct(">II")
+_WIDE_DESCRIPTOR = Struct(">QQ")
+_TWO_U32 = Struct(">II")
 
 
 def encode_string(text: str) -> bytes:
@@ -481,36 +499,40 @@ class RequestHeader(NamedTuple):
         return header
 
 
-def encode_simple_reply(cookie: int, error: int = 0) -> bytes:
-    """A simple reply; the bytes of a successful READ follow it."""
-    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
-
-
-def encode_data_chunk_header(cookie: int, offset: int, length_bytes: int) -> bytes:
-    """The front of an OFFSET_DATA chunk that is the whole reply; ``length_bytes`` of data follow it."""
-    return DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, Chunk.OFFSET_DATA, cookie, length_bytes + 8, offset)
-
-
-def encode_chunk(cookie: int, kind: int, payload: bytes, *, done: bool = True) -> bytes:
-    """A structured reply chunk."""
-    return CHUNK_HEADER.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE if done else 0, kind, cookie, len(payload)) + payload
-
-
-def encode_error_chunk(cookie: int, error: int, message: str) -> bytes:
-    """The chunk ERROR, alone the whole reply; the message is cut to 4,096 bytes."""
+def encode_error_payload(error: int, message: str) -> bytes:
+    """Of the chunk ERROR; the message is cut to 4,096 bytes."""
     text = encode_string(message)
-    return encode_chunk(cookie, Chunk.ERROR, _ERROR.pack(error, len(text)) + text)
+    return _ERROR.pack(error, len(text)) + text
 
 
-def encode_hole_chunk(cookie: int, offset: int, length_bytes: int, *, done: bool = True) -> bytes:
-    """The chunk OFFSET_HOLE: ``length_bytes`` of zeroes at ``offset``."""
-    return encode_chunk(cookie, Chunk.OFFSET_HOLE, _HOLE.pack(offset, length_bytes), done=done)
+def encode_hole_payload(offset: int, length_bytes: int) -> bytes:
+    """Of the chunk OFFSET_HOLE: ``length_bytes`` of zeroes at ``offset``."""
+    return _HOLE.pack(offset, length_bytes)
 
 
-def encode_status_chunk(cookie: int, context_id: int, descriptors: Iterable[tuple[int, int]]) -> bytes:
-    """The chunk BLOCK_STATUS: descriptors are (length in bytes, state flags)."""
-    payload = b"".join([_U32.pack(context_id), *(_DESCRIPTOR.pack(length, flags) for length, flags in descriptors)])
-    return encode_chunk(cookie, Chunk.BLOCK_STATUS, payload)
+def encode_status_payload(context_id: int, descriptors: Iterable[tuple[int, int]]) -> bytes:
+    """Of the chunk BLOCK_STATUS: descriptors are (length in bytes, state flags)."""
+    return b"".join([_U32.pack(context_id), *(_DESCRIPTOR.pack(length, flags) for length, flags in descriptors)])
+
+
+def encode_wide_status_payload(context_id: int, descriptors: Sequence[tuple[int, int]]) -> bytes:
+    """Of the chunk BLOCK_STATUS_EXT, the same with 64 bits each."""
+    front = _TWO_U32.pack(context_id, len(descriptors))
+    return b"".join([front, *(_WIDE_DESCRIPTOR.pack(length, flags) for length, flags in descriptors)])
+
+
+def encode_status_query(length_bytes: int, context_ids: Sequence[int]) -> bytes:
+    """The payload of a BLOCK_STATUS request that asks for some contexts only."""
+    return b"".join([_OFFSET.pack(length_bytes), *map(_U32.pack, context_ids)])
+
+
+def decode_status_query(payload: Buffer) -> tuple[int, tuple[int, ...]]:
+    """The length in bytes and the ids of the contexts that such a request asks for."""
+    fields = _Fields(payload, "block status request")
+    length_bytes, rest = fields.u64(), fields.rest()
+    if not rest or len(rest) % _U32.size:
+        raise ProtocolError(f"block status request: {len(rest)} bytes of context ids")
+    return length_bytes, tuple(context_id for (context_id,) in _U32.iter_unpack(rest))
 
 
 class ChunkHeader(NamedTuple):
@@ -557,7 +579,21 @@ def decode_status_payload(payload: Buffer) -> tuple[int, Sequence[tuple[int, int
     rest = fields.rest()
     if not rest or len(rest) % _DESCRIPTOR.size:
         raise ProtocolError(f"block status chunk: {len(rest)} bytes of descriptors")
-    descriptors = list(_DESCRIPTOR.iter_unpack(rest))
+    return context_id, _checked(_DESCRIPTOR.iter_unpack(rest))
+
+
+def decode_wide_status_payload(payload: Buffer) -> tuple[int, Sequence[tuple[int, int]]]:
+    """The same of a BLOCK_STATUS_EXT chunk."""
+    fields = _Fields(payload, "block status chunk")
+    context_id, count = fields.u32(), fields.u32()
+    rest = fields.rest()
+    if not rest or len(rest) != count * _WIDE_DESCRIPTOR.size:
+        raise ProtocolError(f"block status chunk: {len(rest)} bytes for {count} descriptors")
+    return context_id, _checked(_WIDE_DESCRIPTOR.iter_unpack(rest))
+
+
+def _checked(found: Iterable[tuple[int, ...]]) -> list[tuple[int, int]]:
+    descriptors = [(length, flags) for length, flags in found]
     if not all(length for length, _ in descriptors):
         raise ProtocolError("block status chunk: a descriptor of no length")
-    return context_id, descriptors
+    return descriptors

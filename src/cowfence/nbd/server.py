@@ -29,6 +29,7 @@ import math
 import os
 import select
 import socket
+import ssl
 import stat
 import time
 from collections import deque
@@ -40,8 +41,11 @@ from typing import Final
 from cowfence.disk.base import Disk, Verb
 from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
 from cowfence.nbd.connection import Connection
-from cowfence.nbd.handshake import ExportInfo, ServerHandshake
+from cowfence.nbd.export import Export
+from cowfence.nbd.handshake import ServerHandshake, Tls
 from cowfence.nbd.messages import ProtocolError
+from cowfence.nbd.negotiation import ExportInfo
+from cowfence.nbd.tls import TlsSession
 from cowfence.nbd.transmission import (
     Batch,
     Query,
@@ -57,24 +61,13 @@ _log = logging.getLogger(__name__)
 
 _IOV_MAX: Final = 1024
 _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
+_TLS_RECEIVE_BYTES: Final = 256 * KIB
 _ROUNDS: Final = 4
+_WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _BACKLOG: Final = 128
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """A disk under a name. ``read_only`` refuses writes even where the disk would take them."""
-
-    disk: Disk
-    read_only: bool = False
-    description: str = ""
-
-    @property
-    def writable(self) -> bool:
-        return self.disk.writable and not self.read_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +89,19 @@ class Limits:
 
 
 class _ExportTable(Mapping[str, ExportInfo]):
-    """The exports as the handshake sees them; a disk is asked about itself only when a client names it."""
+    """The exports as the handshake sees them; a disk is asked about itself only when a client names it.
 
-    def __init__(self, exports: Mapping[str, Export]) -> None:
+    ``names``: of the client's certificate; an export that is for others is as if it were not there.
+    """
+
+    def __init__(self, exports: Mapping[str, Export], names: frozenset[str] = frozenset()) -> None:
         self._exports = exports
+        self._names = names
 
     def __getitem__(self, name: str) -> ExportInfo:
         export = self._exports[name]
+        if not self._may_use(export):
+            raise KeyError(name)
         preferred_bytes = 1 << max(export.disk.block_bytes - 1, 0).bit_length()
         return ExportInfo(
             name,
@@ -110,23 +109,40 @@ class _ExportTable(Mapping[str, ExportInfo]):
             export_flags(writable=export.writable),
             export.description,
             preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
+            contexts=export.contexts,
         )
 
+    def _may_use(self, export: Export) -> bool:
+        return export.clients is None or bool(export.clients & self._names)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._exports)
+        return (name for name, export in list(self._exports.items()) if self._may_use(export))
 
     def __len__(self) -> int:
-        return len(self._exports)
+        return sum(1 for _ in self)
 
 
 class Server:
     """Serves exports over NBD. Listen first, then call ``serve_forever`` in the thread that is to do the work.
 
-    The mapping of exports is read when a client asks; entries may be added and taken away between that.
+    The mapping of exports is read when a client asks; entries may be added and taken away between that. ``tls``: what is shown
+    to clients that want TLS; ``tls_required``: all have to. ``until_unused``: it stops when the last client that used an export
+    has left.
     """
 
-    def __init__(self, exports: Mapping[str, Export], *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        exports: Mapping[str, Export],
+        *,
+        limits: Limits | None = None,
+        tls: ssl.SSLContext | None = None,
+        tls_required: bool = False,
+        until_unused: bool = False,
+    ) -> None:
         self._exports = exports
+        self._tls = tls
+        self._tls_mode = Tls.OFF if tls is None else Tls.REQUIRED if tls_required else Tls.OFFERED
+        self._until_unused = until_unused
         self._limits = limits or Limits()
         self._table = _ExportTable(exports)
         self._epoll = select.epoll()
@@ -337,7 +353,7 @@ class Server:
             sock.setblocking(False)
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            handshake = ServerHandshake(self._table)
+            handshake = ServerHandshake(self._table, tls=self._tls_mode)
             deadline = time.monotonic() + self._limits.handshake_seconds
             connection = Connection(sock, sock.fileno(), handshake, deadline)
             self._connections[connection.fd] = connection
@@ -361,6 +377,8 @@ class Server:
         self._epoll.unregister(connection.fd)
         connection.unsent.clear()
         connection.sock.close()
+        if self._until_unused and connection.transmission is not None and not self._connections:
+            self.stop()
         self._accept(wanted=True)
 
     def _on_ready(self, connection: Connection, events: int) -> None:
@@ -387,6 +405,7 @@ class Server:
             return
         if connection.leaving and not connection.jobs and not connection.unsent:
             if transmission is None or not transmission.has_complete:
+                self._say_goodbye(connection)
                 self._drop(connection)
             return
         interest = select.EPOLLOUT if connection.unsent else 0
@@ -395,6 +414,13 @@ class Server:
         if interest != connection.interest:
             connection.interest = interest
             self._epoll.modify(connection.fd, interest)
+
+    @staticmethod
+    def _say_goodbye(connection: Connection) -> None:
+        """The end of TLS, for a client that is still there to hear it."""
+        if connection.tls is not None:
+            with suppress(OSError):
+                connection.sock.send(connection.tls.goodbye())
 
     def _has_room(self, connection: Connection) -> bool:
         limits = self._limits
@@ -416,7 +442,16 @@ class Server:
         if not data:
             self._drop(connection)
             return
+        if connection.tls is not None:
+            plain = self._decrypt(connection, connection.tls, data)
+            if plain is None or not connection.tls.established:
+                return
+            data = plain
+            if handshake.wants_tls:
+                handshake.secured_with(_ExportTable(self._exports, connection.tls.peer_names()))
         self._send(connection, [handshake.receive(data)])
+        if handshake.wants_tls and self._tls is not None and not handshake.ended:
+            connection.tls = TlsSession(self._tls, server_side=True)
         if connection.closed or not handshake.ended:
             return
         agreed = handshake.result
@@ -426,21 +461,57 @@ class Server:
                 _log.info("handshake: %s", handshake.problem)
             connection.leaving = True
             return
-        connection.disk = export.disk
+        connection.export = export
         connection.transmission = ServerTransmission(
             agreed.export.size_bytes,
             writable=export.writable,
             block_bytes=export.disk.block_bytes,
-            structured=agreed.structured,
-            allocation_context=agreed.allocation_context,
+            style=agreed.style,
+            contexts=tuple(agreed.contexts.values()),
         )
         connection.transmission.feed(handshake.trailing)
         self._serve(connection, connection.transmission)
 
+    def _decrypt(self, connection: Connection, tls: TlsSession, data: bytes) -> bytes | None:
+        """What a client said inside of TLS, after TLS itself has been answered; None where the connection is closed now."""
+        why = ""
+        plain = b""
+        try:
+            plain = tls.receive(data)
+        except ProtocolError as error:
+            why = str(error)
+        answer = tls.take()
+        if answer:
+            self._put(connection, [answer])
+        if why and not connection.closed:
+            self._drop(connection, why)
+        if tls.ended:
+            connection.leaving = True
+        return None if connection.closed else plain
+
     # --- the hot path ---
+
+    def _receive_secure(self, connection: Connection, tls: TlsSession, transmission: ServerTransmission) -> None:
+        try:
+            data = connection.sock.recv(_TLS_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        if not data:
+            connection.leaving = True
+            return
+        plain = self._decrypt(connection, tls, data)
+        if plain:
+            transmission.feed(plain)
+            self._serve(connection, transmission)
 
     def _receive(self, connection: Connection, transmission: ServerTransmission) -> None:
         """Take what has arrived, a few times: what came while the last batch was done saves a turn of the loop."""
+        if connection.tls is not None:
+            self._receive_secure(connection, connection.tls, transmission)
+            return
         recv_into = connection.sock.recv_into
         for _ in range(_ROUNDS):
             try:
@@ -460,8 +531,9 @@ class Server:
 
     def _serve(self, connection: Connection, transmission: ServerTransmission) -> None:
         """Do the requests that stand complete in the buffer, as far as the limits allow."""
-        limits, disk = self._limits, connection.disk
-        assert disk is not None  # set together with the transmission
+        limits, export = self._limits, connection.export
+        assert export is not None  # set together with the transmission
+        disk = export.disk
         while not connection.closed and connection.unsent_bytes < limits.client_unsent_bytes:
             room_requests = limits.client_requests - connection.jobs
             room_bytes = limits.client_bytes - connection.jobs_bytes - connection.unsent_bytes
@@ -480,9 +552,9 @@ class Server:
                     if connection.pace.quick and not self._workers.busy:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
-                    self._defer(connection, disk, batch, blocked)
+                    self._defer(connection, export, batch, blocked)
             for query in batch.queries:
-                self._enqueue(connection, disk, query)
+                self._enqueue(connection, export, query)
             if replies:
                 self._send(connection, replies)
             if transmission.disconnecting:
@@ -491,6 +563,11 @@ class Server:
                 return
 
     def _send(self, connection: Connection, replies: list[Reply]) -> None:
+        if connection.tls is not None:
+            replies = [connection.tls.encrypt(replies)]
+        self._put(connection, replies)
+
+    def _put(self, connection: Connection, replies: list[Reply]) -> None:
         if connection.unsent or len(replies) > _IOV_MAX:
             connection.unsent.extend(replies)
             connection.unsent_bytes += sum(map(len, replies))
@@ -551,29 +628,31 @@ class Server:
             connection.transmission.answer_finally(batch.replies, alone, outcomes)
         return left
 
-    def _defer(self, connection: Connection, disk: Disk, batch: Batch, blocked: list[int]) -> None:
+    def _defer(self, connection: Connection, export: Export, batch: Batch, blocked: list[int]) -> None:
         """Hand blocked requests to the pool: cold reads a few to a job, for handing over costs more than they do."""
         reads = Batch()
         for index in blocked:
             request, cookie = batch.requests[index], batch.cookies[index]
             job = reads if request.verb is Verb.READ else Batch()
+            job.undivided = batch.undivided
             job.requests.append(request)
             job.cookies.append(cookie)
             if job is not reads:
-                self._enqueue(connection, disk, job)
+                self._enqueue(connection, export, job)
             elif len(reads.requests) >= _READS_OF_A_JOB:
-                self._enqueue(connection, disk, reads)
+                self._enqueue(connection, export, reads)
                 reads = Batch()
         if reads.requests:
-            self._enqueue(connection, disk, reads)
+            self._enqueue(connection, export, reads)
 
-    def _enqueue(self, connection: Connection, disk: Disk, work: Batch | Query) -> None:
+    def _enqueue(self, connection: Connection, export: Export, work: Batch | Query) -> None:
         requests, cost_bytes = 1, 0
         if isinstance(work, Batch):
-            requests, cost_bytes = len(work.requests), sum(request.length_bytes for request in work.requests)
+            requests = len(work.requests)
+            cost_bytes = sum(request.length_bytes for request in work.requests if request.verb in _WITH_DATA)
         connection.jobs += requests
         connection.jobs_bytes += cost_bytes
-        self._workers.submit(Job(connection, disk, work, requests, cost_bytes))
+        self._workers.submit(Job(connection, export, work, requests, cost_bytes))
 
     def _on_bell(self, _events: int) -> None:
         self._bell.silence()

@@ -12,52 +12,44 @@ The rules it keeps ("Transmission phase" of the specification):
   without being stored; one so large that it can only be an attack closes the connection, as does a wrong magic, after
   which nothing in the stream can be trusted.
 - Writes past the end: ENOSPC; anything else past the end: EINVAL; writes to a read-only export: EPERM.
-- With structured replies agreed on, every READ is answered by chunks, and every error by a chunk with a text. Other
-  successes stay simple replies, as the specification allows: they are shorter.
+- How replies look is the business of ``framing``. Where it has chunks, a long READ is answered without its zeros.
 - A batch is bounded in requests and in bytes, so that a client cannot make one receive cost more than the shell allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
 
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
 from cowfence.errors import CowfenceError, Invalid, NoSpace, ReadOnly
-from cowfence.extents import Extent
+from cowfence.nbd.framing import FRAMINGS, Descriptors, Style
 from cowfence.nbd.messages import (
-    DATA_CHUNK,
     PAYLOAD_MAX_BYTES,
-    REQUEST,
-    REQUEST_MAGIC,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
     Buffer,
-    Chunk,
     Command,
     CommandFlag,
     NbdErrno,
     ProtocolError,
-    State,
-    encode_chunk,
-    encode_error_chunk,
-    encode_simple_reply,
-    encode_status_chunk,
+    decode_status_query,
 )
 from cowfence.nbd.messages import TransmissionFlag as Flag
 from cowfence.units import KIB, MIB
 
 Reply: TypeAlias = Buffer
-Descriptors: TypeAlias = list[tuple[int, int]]
-QueryResult: TypeAlias = Descriptors | CowfenceError | None
-"""BLOCK_STATUS: its descriptors. CACHE: None when done. Either: the error."""
+QueryResult: TypeAlias = list[tuple[int, Descriptors]] | CowfenceError | None
+"""BLOCK_STATUS: the descriptors of each context. CACHE: None when done. Either: the error."""
 
-_HEADER_BYTES: Final = REQUEST.size
-_DESCRIPTORS_MAX: Final = 4096
+_STATUS_QUERY_MAX_BYTES: Final = 4 * KIB
 _SKIP_MAX_BYTES: Final = 2 * PAYLOAD_MAX_BYTES
 _BUFFER_BYTES: Final = 256 * KIB
 _BUFFER_KEEP_BYTES: Final = 4 * MIB
+_SPLIT_BYTES: Final = 32 * KIB
+"""Zeros are looked for in the data of READs from this length on."""
+_BLOCK_BYTES: Final = 4 * KIB
 
 # Plain ints: comparing with an IntFlag member costs a call into enum for each request.
 _FUA: Final = int(CommandFlag.FUA)
@@ -67,8 +59,7 @@ _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
-_MAGIC: Final = REQUEST_MAGIC
-_MAGIC_BYTES: Final = REQUEST_MAGIC.to_bytes(4, "big")
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 _VERB_READ: Final = Verb.READ
 _VERB_WRITE: Final = Verb.WRITE
 _BUFFER_TYPES: Final = (bytearray, bytes, memoryview)
@@ -86,33 +77,36 @@ _WRITING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 
 
 class Query(NamedTuple):
-    """A request that is no ``Disk`` request: BLOCK_STATUS or CACHE."""
+    """A request that is no ``Disk`` request: BLOCK_STATUS or CACHE. ``contexts``: the ids of what a BLOCK_STATUS asks about."""
 
     command: Command
     cookie: int
     offset: int
     length_bytes: int
     one: bool = False
+    contexts: tuple[int, ...] = ()
 
 
 class Batch:
     """The requests that stood complete in the receive buffer.
 
     ``requests[i]`` has the cookie ``cookies[i]``. ``replies`` are answers already given, ``queries`` ask for what
-    ``Disk.submit`` does not know.
+    ``Disk.submit`` does not know. ``undivided``: cookies of READs whose reply must be one chunk.
     """
 
-    __slots__ = ("cookies", "queries", "replies", "requests")
+    __slots__ = ("cookies", "queries", "replies", "requests", "undivided")
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.cookies: list[int] = []
         self.queries: list[Query] = []
         self.replies: list[Reply] = []
+        self.undivided: set[int] = set()
 
 
 class ServerTransmission:
     """The server's side of one connection. ``writable`` and ``flags``: of the export; ``block_bytes``: of its disk.
+    ``contexts``: the ids of the metadata contexts that were selected.
 
     ``disconnecting`` is set once the client has said goodbye; nothing is read after that.
     """
@@ -123,22 +117,25 @@ class ServerTransmission:
         *,
         writable: bool = True,
         block_bytes: int = 1,
-        structured: bool = False,
-        allocation_context: int | None = None,
+        style: Style = Style.SIMPLE,
+        contexts: tuple[int, ...] = (),
     ) -> None:
         self.disconnecting = False
         self.stopping = False
-        self.structured = structured
+        self._framing = FRAMINGS[style]
+        self._structured = style >= Style.STRUCTURED
         self._size_bytes = size_bytes
         self._writable = writable
         self._block_bytes = block_bytes
-        self._context = allocation_context
+        self._contexts = contexts
         self._skip_bytes = 0
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = 0
         self._end = 0
-        self._need_bytes = _HEADER_BYTES
+        self._header_bytes = self._framing.request.size
+        self._magic_bytes = self._framing.request_magic.to_bytes(4, "big")
+        self._need_bytes = self._header_bytes
         self._fuller = False
 
     # --- receiving ---
@@ -158,7 +155,7 @@ class ServerTransmission:
         capacity = len(self._view)
         if capacity - start < self._need_bytes or end == capacity:
             if capacity < self._need_bytes:
-                capacity = max(self._need_bytes + _HEADER_BYTES, 2 * capacity)
+                capacity = max(self._need_bytes + self._header_bytes, 2 * capacity)
                 self._replace_buffer(capacity)
             else:
                 self._view[: end - start] = bytes(self._view[start:end])
@@ -213,40 +210,45 @@ class ServerTransmission:
             return batch
         requests, cookies, view = batch.requests, batch.cookies, self._view
         add_request, add_cookie = requests.append, cookies.append
-        unpack_from, make, request_type = REQUEST.unpack_from, tuple.__new__, Request
-        size_bytes, plain = self._size_bytes, not self.stopping
-        write_flags = _FUA if self._writable and plain else -1
+        framing, header_bytes = self._framing, self._header_bytes
+        unpack_from, make, request_type = framing.request.unpack_from, tuple.__new__, Request
+        size_bytes, plain, expected = self._size_bytes, not self.stopping, framing.request_magic
+        write_flags = _FUA | framing.payload_flag if self._writable and plain else -1
         position, end = self._start, self._end
-        last_header = end - _HEADER_BYTES
+        last_header = end - header_bytes
         left = requests_max
-        need_bytes = _HEADER_BYTES
+        need_bytes = header_bytes
         while position <= last_header and left > 0 and bytes_max > 0:
             magic, flags, command, cookie, offset, length_bytes = unpack_from(view, position)
-            if magic != _MAGIC:
+            if magic != expected:
                 raise ProtocolError(f"request: wrong magic {magic:#x}")
             # READs and WRITEs that break no rule are the hot path; all else goes to _other.
             if 0 < length_bytes <= PAYLOAD_MAX_BYTES and offset + length_bytes <= size_bytes and plain:
                 if command == _READ and not flags:
                     add_request(make(request_type, (_VERB_READ, offset, length_bytes, b"", False, True)))
                     add_cookie(cookie)
-                    position += _HEADER_BYTES
+                    position += header_bytes
                     left -= 1
                     bytes_max -= length_bytes
                     continue
                 if command == _WRITE and flags | _FUA == write_flags:
-                    data_start = position + _HEADER_BYTES
+                    data_start = position + header_bytes
                     data_end = data_start + length_bytes
                     if data_end > end:
                         need_bytes += length_bytes
                         break
                     data = view[data_start:data_end]
-                    add_request(make(request_type, (_VERB_WRITE, offset, length_bytes, data, flags == _FUA, True)))
+                    add_request(make(request_type, (_VERB_WRITE, offset, length_bytes, data, bool(flags & _FUA), True)))
                     add_cookie(cookie)
                     position = data_end
                     left -= 1
                     bytes_max -= length_bytes
                     continue
-            position += _HEADER_BYTES
+            is_status_query = command == _BLOCK_STATUS and flags & framing.payload_flag
+            if is_status_query and end - position - header_bytes < length_bytes <= _STATUS_QUERY_MAX_BYTES:
+                need_bytes += length_bytes
+                break
+            position += header_bytes
             left -= 1
             self._start = position
             self._other(batch, flags, command, cookie, offset, length_bytes)
@@ -255,7 +257,7 @@ class ServerTransmission:
                 break
             if command == Command.READ:
                 bytes_max -= length_bytes
-        if 4 <= end - position < _HEADER_BYTES and view[position : position + 4] != _MAGIC_BYTES and not self.disconnecting:
+        if 4 <= end - position < header_bytes and view[position : position + 4] != self._magic_bytes and not self.disconnecting:
             # Otherwise a peer that speaks something shorter would wait with us for the rest of a header.
             raise ProtocolError("request: wrong magic")
         self._start = position
@@ -268,29 +270,45 @@ class ServerTransmission:
         if command == Command.DISC:
             self.disconnecting = True
             return
-        refusal = self._refusal(flags, command, offset, length_bytes)
-        if command == Command.WRITE:
-            # Only a WRITE that was refused, or is empty, comes here: its payload is dropped as it arrives.
-            if length_bytes > _SKIP_MAX_BYTES:
-                raise ProtocolError(f"WRITE of {length_bytes} bytes")
-            present = min(length_bytes, self._end - self._start)
+        payload_bytes = self._payload_bytes(flags, command, length_bytes)
+        contexts = self._contexts
+        refusal: tuple[int, str] | None = None
+        if payload_bytes:
+            if command == Command.BLOCK_STATUS and payload_bytes <= _STATUS_QUERY_MAX_BYTES:
+                try:
+                    length_bytes, contexts = decode_status_query(self._view[self._start : self._start + payload_bytes])
+                except ProtocolError as error:
+                    refusal = NbdErrno.EINVAL, str(error)
+                else:
+                    if not set(contexts) <= set(self._contexts) or len(set(contexts)) < len(contexts):
+                        refusal = NbdErrno.EINVAL, "a metadata context that was not selected, or twice"
+            elif command != Command.WRITE:
+                refusal = NbdErrno.EINVAL, "this request takes no payload"
+            # A payload that is not used is dropped as it arrives, without being stored.
+            present = min(payload_bytes, self._end - self._start)
             self._start += present
-            self._skip_bytes = length_bytes - present
+            self._skip_bytes = payload_bytes - present
+        refusal = refusal or self._refusal(flags, command, offset, length_bytes)
         if refusal is not None:
-            self._reply_error(batch.replies, cookie, *refusal)
+            self._reply_error(batch.replies, cookie, offset, *refusal)
             return
         fua = bool(flags & _FUA)
         if command in (Command.BLOCK_STATUS, Command.CACHE) and length_bytes:
-            batch.queries.append(Query(Command(command), cookie, offset, length_bytes, bool(flags & _REQ_ONE)))
+            one = bool(flags & _REQ_ONE)
+            batch.queries.append(Query(Command(command), cookie, offset, length_bytes, one, contexts))
             return
         request: Request | None = None
         if command == Command.FLUSH:
             request = Request(Verb.FLUSH)
         elif not length_bytes:
             # Zero lengths are "unspecified" but must not disconnect: nothing to do, well done.
-            self._reply_done(batch.replies, command, cookie)
+            framing = self._framing
+            done = framing.done_reading if command == Command.READ else framing.done
+            batch.replies.append(done(cookie, offset))
         elif command == Command.READ:
             request = Request(Verb.READ, offset, length_bytes)
+            if flags & _DF:
+                batch.undivided.add(cookie)
         elif command == Command.TRIM:
             request = Request(Verb.DISCARD, offset, length_bytes, fua=fua)
         elif command == Command.WRITE_ZEROES:
@@ -299,6 +317,17 @@ class ServerTransmission:
             batch.requests.append(request)
             batch.cookies.append(cookie)
 
+    def _payload_bytes(self, flags: int, command: int, length_bytes: int) -> int:
+        """What follows the header of a request that is not on the hot path. Raises ``ProtocolError`` where nobody can know, or
+        would want to."""
+        payload_flag = self._framing.payload_flag
+        brings = bool(flags & payload_flag) if payload_flag else command == Command.WRITE
+        if command == Command.WRITE and not brings:
+            raise ProtocolError("a WRITE that does not say that it brings a payload")
+        if brings and length_bytes > _SKIP_MAX_BYTES:
+            raise ProtocolError(f"a request with a payload of {length_bytes} bytes")
+        return length_bytes if brings else 0
+
     def _refusal(self, flags: int, command: int, offset: int, length_bytes: int) -> tuple[int, str] | None:
         """Error number and text for a request that breaks a rule; None for one that may be done."""
         if self.stopping:
@@ -306,16 +335,18 @@ class ServerTransmission:
         valid_flags = _VALID_FLAGS.get(command)  # type: ignore[call-overload]
         if valid_flags is None:
             return NbdErrno.EINVAL, f"unknown command {command}"
-        if command == Command.READ and self.structured:
+        if command == Command.READ and self._structured:
             valid_flags |= _DF
+        if command in (Command.WRITE, Command.BLOCK_STATUS):
+            valid_flags |= self._framing.payload_flag
         if flags & ~valid_flags:
             return NbdErrno.EINVAL, f"flags {flags:#x} are not valid here"
         if command == Command.FLUSH:
             return (NbdErrno.EINVAL, "FLUSH takes no range") if offset or length_bytes else None
         if command in _WRITING and not self._writable:
             return NbdErrno.EPERM, "the export is read-only"
-        if command == Command.BLOCK_STATUS and (self._context is None or not length_bytes):
-            return NbdErrno.EINVAL, "no metadata context was selected" if self._context is None else "an empty range"
+        if command == Command.BLOCK_STATUS and not (self._contexts and length_bytes):
+            return NbdErrno.EINVAL, "an empty range" if self._contexts else "no metadata context was selected"
         if command in (Command.READ, Command.WRITE) and length_bytes > PAYLOAD_MAX_BYTES:
             return NbdErrno.EINVAL, f"{length_bytes} bytes are more than the limit of {PAYLOAD_MAX_BYTES}"
         if offset + length_bytes > self._size_bytes:
@@ -333,58 +364,86 @@ class ServerTransmission:
         """Append the replies to the requests of ``batch``; returns the indices of those that are ``BLOCKED``."""
         blocked: list[int] = []
         add = out.append
-        simple, data_chunk, structured = SIMPLE_REPLY.pack, DATA_CHUNK.pack, self.structured
+        done, data, splits = self._framing.done, self._framing.data, self._structured
         cookies, requests = batch.cookies, batch.requests
         for index, outcome in enumerate(outcomes):
             if outcome is None:
                 if requests[index][0] is not _VERB_READ:
-                    add(simple(SIMPLE_REPLY_MAGIC, 0, cookies[index]))
+                    add(done(cookies[index], requests[index][1]))
                     continue
             elif isinstance(outcome, _BUFFER_TYPES):
                 verb, offset, length_bytes, _, _, _ = requests[index]
                 if verb is _VERB_READ and len(outcome) == length_bytes:
-                    if structured:
-                        add(data_chunk(STRUCTURED_REPLY_MAGIC, 1, 1, cookies[index], length_bytes + 8, offset))
-                    else:
-                        add(simple(SIMPLE_REPLY_MAGIC, 0, cookies[index]))
+                    if splits and length_bytes >= _SPLIT_BYTES and cookies[index] not in batch.undivided:
+                        self._add_runs(out, cookies[index], offset, memoryview(outcome))
+                        continue
+                    add(data(cookies[index], offset, offset, length_bytes))
                     add(outcome)
                     continue
             elif outcome is BLOCKED:
                 blocked.append(index)
                 continue
-            self._reply_failure(out, cookies[index], outcome)
+            self._reply_failure(out, cookies[index], requests[index][1], outcome)
         return blocked
+
+    def _add_runs(self, out: list[Reply], cookie: int, offset: int, content: memoryview) -> None:
+        """The reply to a READ, without its zeros: a chunk for each run of data or zeros."""
+        runs = zero_runs(content)
+        for start, stop, zero in runs:
+            last = stop == len(content)
+            if zero:
+                out.append(self._framing.hole(cookie, offset, offset + start, stop - start, last=last))
+            else:
+                out.append(self._framing.data(cookie, offset, offset + start, stop - start, last=last))
+                out.append(content if len(runs) == 1 else content[start:stop])
 
     def answer_finally(self, out: list[Reply], batch: Batch, outcomes: Sequence[Outcome]) -> None:
         """The same for requests that were waited for; one still ``BLOCKED`` has failed."""
         for index in self.answer(out, batch, outcomes):
-            self._reply_failure(out, batch.cookies[index], BLOCKED)
+            self._reply_failure(out, batch.cookies[index], batch.requests[index].offset, BLOCKED)
 
     def answer_query(self, out: list[Reply], query: Query, result: QueryResult) -> None:
         """Append the reply to a query."""
         if isinstance(result, CowfenceError):
-            self._reply_failure(out, query.cookie, result)
+            self._reply_failure(out, query.cookie, query.offset, result)
         elif result is None:
-            out.append(encode_simple_reply(query.cookie))
+            out.append(self._framing.done(query.cookie, query.offset))
         else:
-            assert self._context is not None  # _refusal lets no BLOCK_STATUS pass without it
-            out.append(encode_status_chunk(query.cookie, self._context, result))
+            for number, (context_id, descriptors) in enumerate(result, 1):
+                last = number == len(result)
+                out.append(self._framing.status(query.cookie, query.offset, context_id, descriptors, last=last))
 
-    def _reply_failure(self, out: list[Reply], cookie: int, outcome: Outcome) -> None:
+    def _reply_failure(self, out: list[Reply], cookie: int, offset: int, outcome: Outcome) -> None:
         # An outcome of the wrong kind or length would put the stream out of step: it is an error of ours, and EIO.
         if isinstance(outcome, CowfenceError):
-            self._reply_error(out, cookie, error_number(outcome), str(outcome))
+            self._reply_error(out, cookie, offset, error_number(outcome), str(outcome))
         else:
-            self._reply_error(out, cookie, NbdErrno.EIO, "the disk gave no usable answer")
+            self._reply_error(out, cookie, offset, NbdErrno.EIO, "the disk gave no usable answer")
 
-    def _reply_error(self, out: list[Reply], cookie: int, error: int, text: str) -> None:
-        out.append(encode_error_chunk(cookie, error, text) if self.structured else encode_simple_reply(cookie, error))
+    def _reply_error(self, out: list[Reply], cookie: int, offset: int, error: int, text: str) -> None:
+        out.append(self._framing.error(cookie, offset, error, text))
 
-    def _reply_done(self, out: list[Reply], command: int, cookie: int) -> None:
-        if self.structured and command == Command.READ:
-            out.append(encode_chunk(cookie, Chunk.NONE, b""))
+
+def zero_runs(content: memoryview) -> list[tuple[int, int, bool]]:
+    """The runs (start, end, whether it is zeros) of some data, in blocks of 4 KiB."""
+    length_bytes = len(content)
+    whole_bytes = length_bytes - length_bytes % _BLOCK_BYTES
+    words = np.frombuffer(content[:whole_bytes], dtype=np.uint64).reshape(-1, _BLOCK_BYTES // 8)
+    # Most blocks that are not zeros show it in their first word.
+    zero = words[:, 0] == 0
+    if not zero.any():
+        return [(0, length_bytes, False)]
+    suspects = np.flatnonzero(zero)
+    zero[suspects] = ~words[suspects].any(axis=1)
+    edges = (np.flatnonzero(np.diff(zero)) + 1) * _BLOCK_BYTES
+    starts = [0, *edges.tolist()]
+    runs = [(start, stop, bool(zero[start // _BLOCK_BYTES])) for start, stop in pairwise([*starts, whole_bytes])]
+    if whole_bytes < length_bytes:
+        if runs[-1][2]:
+            runs.append((whole_bytes, length_bytes, False))
         else:
-            out.append(encode_simple_reply(cookie))
+            runs[-1] = (runs[-1][0], length_bytes, False)
+    return runs
 
 
 def error_number(error: CowfenceError) -> int:
@@ -396,36 +455,6 @@ def error_number(error: CowfenceError) -> int:
     if isinstance(error, Invalid):
         return NbdErrno.EINVAL
     return NbdErrno.EIO
-
-
-def block_descriptors(extents: Iterable[Extent], query: Query) -> Descriptors:
-    """Descriptors (length in bytes, state) of base:allocation for a BLOCK_STATUS, neighbours of one state merged.
-
-    At least one, at most one or 4,096, none past the range asked for. What the extents leave out, or say about other
-    ranges, is reported as allocated data, which "a server MAY always safely report".
-    """
-    offset, length_bytes, most = query.offset, query.length_bytes, 1 if query.one else _DESCRIPTORS_MAX
-    descriptors: Descriptors = []
-    position, end = offset, offset + length_bytes
-    run_bytes, run_state = 0, 0
-    for extent in extents:
-        stop = min(extent.start + extent.length_bytes, end)
-        if stop <= position or extent.start > position:
-            continue
-        state = (0 if extent.present else int(State.HOLE)) | (int(State.ZERO) if extent.zero else 0)
-        if state != run_state and run_bytes:
-            descriptors.append((run_bytes, run_state))
-            run_bytes = 0
-            if len(descriptors) >= most:
-                return descriptors
-        run_state = state
-        run_bytes += stop - position
-        position = stop
-        if position == end:
-            break
-    if run_bytes:
-        descriptors.append((run_bytes, run_state))
-    return descriptors or [(length_bytes, 0)]
 
 
 SERVER_FLAGS: Final = int(Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.SEND_CACHE | Flag.CAN_MULTI_CONN)

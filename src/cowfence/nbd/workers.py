@@ -14,25 +14,26 @@ from typing import Final, NamedTuple
 from cowfence.disk.base import Disk, Outcome, Request, Verb
 from cowfence.errors import CowfenceError
 from cowfence.nbd.connection import Connection
+from cowfence.nbd.export import Export
 from cowfence.nbd.messages import Command
 from cowfence.nbd.transmission import (
     Batch,
     Query,
     QueryResult,
-    block_descriptors,
 )
-from cowfence.units import MIB
+from cowfence.units import GIB, MIB
 
 _log = logging.getLogger(__name__)
 
 _CACHE_STEP_BYTES: Final = MIB
+_CACHE_MOST_BYTES: Final = GIB
 
 
 class Job(NamedTuple):
     """Work for the pool: requests of the disk, which are done together, or a query."""
 
     connection: Connection
-    disk: Disk
+    export: Export
     work: Batch | Query
     requests: int
     cost_bytes: int
@@ -117,9 +118,9 @@ class Workers:
             outcomes: list[Outcome] = []
             result: QueryResult = None
             if isinstance(job.work, Query):
-                result = _query(job.disk, job.work)
+                result = _query(job.export, job.work)
             else:
-                outcomes = submit(job.disk, job.work.requests, wait=True)
+                outcomes = submit(job.export.disk, job.work.requests, wait=True)
             self._done.append(Done(job, outcomes, result, time.perf_counter() - began))
             self._bell.ring()
 
@@ -138,14 +139,18 @@ def submit(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
         return [_defect(error)] * len(requests)
 
 
-def _query(disk: Disk, query: Query) -> QueryResult:
+def _query(export: Export, query: Query) -> QueryResult:
     try:
         if query.command is Command.BLOCK_STATUS:
-            return block_descriptors(disk.extents(query.offset, query.length_bytes), query)
+            return [
+                (context_id, export.status(context_id, query.offset, query.length_bytes, one=query.one))
+                for context_id in query.contexts
+            ]
         buffer = memoryview(bytearray(min(query.length_bytes, _CACHE_STEP_BYTES)))
-        end = query.offset + query.length_bytes
+        # It is a hint, and no reason to be busy for hours.
+        end = query.offset + min(query.length_bytes, _CACHE_MOST_BYTES)
         for position in range(query.offset, end, _CACHE_STEP_BYTES):
-            disk.read_into(position, buffer[: end - position])
+            export.disk.read_into(position, buffer[: end - position])
     except CowfenceError as error:
         return error
     except Exception as error:

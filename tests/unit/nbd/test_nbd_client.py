@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 
+import helpers_nbd
 from cowfence.disk.base import Request, Verb
 from cowfence.errors import Closed, CowfenceError, StorageFailed, Unsupported
 from cowfence.nbd import messages as m
 from cowfence.nbd.client import NbdDisk
-from cowfence.nbd.handshake import ExportInfo, ServerHandshake
+from cowfence.nbd.handshake import ServerHandshake
 from cowfence.nbd.messages import Command, ProtocolError, RequestHeader, TransmissionFlag
+from cowfence.nbd.negotiation import ExportInfo
 
 ALL = 0xFFFF
 Answer = Callable[[RequestHeader, bytes], bytes | None]
+
+
+class OlderHandshake(ServerHandshake):
+    """Of a server that does not know extended headers."""
+
+    _ANSWERS = {option: answer for option, answer in ServerHandshake._ANSWERS.items() if option != m.Option.EXTENDED_HEADERS}
 
 
 class LyingServer:
@@ -38,7 +46,7 @@ class LyingServer:
     def serve(self) -> None:
         sock, _ = self.listener.accept()
         with sock, self.listener, sock.makefile("rb") as stream:
-            handshake = ServerHandshake({"": self.export})
+            handshake = OlderHandshake({"": self.export})
             sock.sendall(handshake.receive())
             while not handshake.ended:
                 sock.sendall(handshake.receive(stream.read(1)))
@@ -57,8 +65,8 @@ class LyingServer:
 def fine(request: RequestHeader, _data: bytes = b"") -> bytes:
     if request.command == Command.READ:
         data = request.offset.to_bytes(8, "big") + b"r" * request.length_bytes
-        return m.encode_chunk(request.cookie, m.Chunk.OFFSET_DATA, data)
-    return m.encode_simple_reply(request.cookie)
+        return helpers_nbd.encode_chunk(request.cookie, m.Chunk.OFFSET_DATA, data)
+    return helpers_nbd.encode_simple_reply(request.cookie)
 
 
 def commands(server: LyingServer) -> list[tuple[int, int, int, int]]:
@@ -66,7 +74,7 @@ def commands(server: LyingServer) -> list[tuple[int, int, int, int]]:
 
 
 def test_an_error_fails_the_call_and_not_the_connection(tmp_path: Path) -> None:
-    server = LyingServer(tmp_path, lambda request, _: m.encode_error_chunk(request.cookie, 5, "bad sector"))
+    server = LyingServer(tmp_path, lambda request, _: helpers_nbd.encode_error_chunk(request.cookie, 5, "bad sector"))
     disk = NbdDisk(server.uri)
     for _ in range(2):
         with pytest.raises(StorageFailed, match="bad sector"):
@@ -82,8 +90,8 @@ def test_an_error_fails_the_call_and_not_the_connection(tmp_path: Path) -> None:
     "lie",
     [
         lambda *_: b"garbage that is long enough for any header",
-        lambda request, _: m.encode_simple_reply(request.cookie + 1),
-        lambda request, _: m.encode_chunk(request.cookie, 1, bytes(8) + b"x"),
+        lambda request, _: helpers_nbd.encode_simple_reply(request.cookie + 1),
+        lambda request, _: helpers_nbd.encode_chunk(request.cookie, 1, bytes(8) + b"x"),
         lambda *_: None,
     ],
 )
@@ -172,7 +180,7 @@ def test_extreme_block_status_is_cut_to_the_range(tmp_path: Path) -> None:
     def answer(request: RequestHeader, _data: bytes) -> bytes:
         if request.command != Command.BLOCK_STATUS:
             return fine(request)
-        return m.encode_status_chunk(request.cookie, 1, [(512, 0), (0xFFFF_FFFF, 3), (0xFFFF_FFFF, 0)])
+        return helpers_nbd.encode_status_chunk(request.cookie, 1, [(512, 0), (0xFFFF_FFFF, 3), (0xFFFF_FFFF, 0)])
 
     with NbdDisk(LyingServer(tmp_path, answer).uri) as disk:
         extents = list(disk.extents(0, 1 << 20))

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowfence.errors import CowfenceError, Unsupported
-from cowfence.nbd.handshake import ClientHandshake, ExportInfo, ServerHandshake
+from cowfence.nbd.client_handshake import ClientHandshake
+from cowfence.nbd.framing import Style
+from cowfence.nbd.handshake import ServerHandshake
 from cowfence.nbd.messages import (
     BASE_ALLOCATION,
     Info,
@@ -26,6 +28,7 @@ from cowfence.nbd.messages import (
     decode_option_reply_header,
     encode_option,
 )
+from cowfence.nbd.negotiation import ExportInfo
 
 EXPORTS: Final = {
     "disk": ExportInfo("disk", 1 << 30, 0x565, "the disk", preferred_block_bytes=65536),
@@ -69,7 +72,7 @@ def test_go_with_everything() -> None:
     assert handshake.trailing == b"early request"
     agreed = handshake.result
     assert agreed is not None
-    assert (agreed.export.name, agreed.structured, agreed.allocation_context) == ("disk", True, 1)
+    assert (agreed.export.name, agreed.style, agreed.contexts) == ("disk", Style.STRUCTURED, {BASE_ALLOCATION: 1})
 
 
 @pytest.mark.parametrize(("client_flags", "length"), [(3, 10), (1, 134)])
@@ -79,7 +82,7 @@ def test_export_name_with_and_without_padding(client_flags: int, length: int) ->
     said = handshake.receive(client_flags.to_bytes(4, "big") + encode_option(Option.EXPORT_NAME, b"disk"))
     assert said == (1 << 30).to_bytes(8, "big") + b"\x05\x65" + bytes(length - 10)
     assert handshake.result is not None
-    assert not handshake.result.structured
+    assert handshake.result.style is Style.SIMPLE
 
 
 def test_a_client_of_the_plain_newstyle_may_only_name_an_export() -> None:
@@ -122,7 +125,8 @@ def test_info_does_not_begin_the_transmission() -> None:
         (Option.STARTTLS, b"x", Rep.ERR_INVALID),
         (Option.SET_META_CONTEXT, MetaQuery("disk", (BASE_ALLOCATION,)).encode(), Rep.ERR_INVALID),  # not structured yet
         (Option.PEEK_EXPORT, b"", Rep.ERR_UNSUP),
-        (11, b"", Rep.ERR_UNSUP),  # extended headers
+        (12, b"", Rep.ERR_UNSUP),
+        (Option.EXTENDED_HEADERS, b"x", Rep.ERR_INVALID),
         (0, b"abc", Rep.ERR_UNSUP),
         (0xFFFF_FFFF, b"", Rep.ERR_UNSUP),
         (Option.LIST, bytes(65537), Rep.ERR_TOO_BIG),
@@ -216,7 +220,7 @@ def test_a_selection_replaces_the_one_before_and_holds_for_its_export(second: Me
     handshake.receive(encode_option(Option.SET_META_CONTEXT, second.encode()))
     handshake.receive(encode_option(Option.GO, InfoQuery("disk").encode()))
     assert handshake.result is not None
-    assert handshake.result.allocation_context is None
+    assert not handshake.result.contexts
 
 
 def test_the_only_export_is_the_default() -> None:
@@ -279,8 +283,8 @@ def test_client_and_server_agree() -> None:
     talk(client, server)
     assert server.ended
     assert client.result is not None
-    assert client.result.structured
-    assert client.result.allocation_context == 1
+    assert client.result.style is Style.EXTENDED
+    assert client.result.contexts == {BASE_ALLOCATION: 1}
     assert client.result.export.size_bytes == 1 << 30
     assert client.result.export.preferred_block_bytes == 65536
 
@@ -311,9 +315,9 @@ def test_any_bytes_from_a_server_end_in_an_error_of_ours(pieces: list[bytes], gr
 def test_a_server_that_never_ends_its_replies_is_left() -> None:
     client = ClientHandshake("disk")
     client.receive(b"NBDMAGICIHAVEOPT\0\3")
-    reply = bytes.fromhex("0003e889045565a9") + Option.STRUCTURED_REPLY.to_bytes(4, "big") + Rep.INFO.to_bytes(4, "big")
+    reply = bytes.fromhex("0003e889045565a9") + Option.EXTENDED_HEADERS.to_bytes(4, "big") + Rep.INFO.to_bytes(4, "big")
     with pytest.raises(ProtocolError, match="without end"):
-        client.receive((reply + bytes(4)) * 1001)
+        client.receive((reply + bytes(4)) * 10_001)
     client = ClientHandshake("disk")
     client.receive(b"NBDMAGICIHAVEOPT\0\3")
     with pytest.raises(ProtocolError, match="without end"):

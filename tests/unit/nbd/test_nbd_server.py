@@ -17,8 +17,9 @@ from cowfence.disk.base import Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Locked, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.nbd.client import NbdDisk
+from cowfence.nbd.export import Export
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno
-from cowfence.nbd.server import Export, Limits, Server
+from cowfence.nbd.server import Limits, Server
 from cowfence.units import MIB
 from helpers_nbd import BareClient, serving
 from helpers_storage import TinyStorage
@@ -201,7 +202,8 @@ def test_disconnects_in_the_middle_of_everything(tmp_path: Path, client: NbdDisk
 
 
 @pytest.mark.usefixtures("server")
-def test_a_client_that_reads_nothing_fills_only_its_own_limit(tmp_path: Path, client: NbdDisk) -> None:
+def test_a_client_that_reads_nothing_fills_only_its_own_limit(tmp_path: Path, storage: TinyStorage, client: NbdDisk) -> None:
+    storage.bytes[:] = b"x" * SIZE
     with BareClient(tmp_path / "sock") as bare:
         bare.sock.setblocking(False)
         request = b"".join(
@@ -211,11 +213,11 @@ def test_a_client_that_reads_nothing_fills_only_its_own_limit(tmp_path: Path, cl
         with suppress(BlockingIOError):
             while True:
                 bare.sock.send(request)
-        assert client.read(0, 1) == b"\0"
+        assert client.read(0, 1) == b"x"
         # It may still take its replies later.
         bare.sock.settimeout(10)
         for cookie in range(20):
-            assert bare.reply() == (cookie, 0, bytes(4 * MIB))
+            assert bare.reply() == (cookie, 0, b"x" * (4 * MIB))
 
 
 def test_goodbye_after_the_last_reply(tmp_path: Path, storage: TinyStorage, server: Server) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from cowfence.disk.base import Disk
+
 import itertools
 from contextlib import suppress
 
@@ -9,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import helpers_nbd
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
 from cowfence.errors import Corrupt, CowfenceError, NoSpace, OutOfRange, ReadOnly
 from cowfence.extents import Extent
 from cowfence.nbd import messages as m
 from cowfence.nbd.client_transmission import ClientTransmission, Completion
+from cowfence.nbd.export import Export, block_descriptors
+from cowfence.nbd.framing import Descriptors, Style
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno, ProtocolError, RequestHeader
-from cowfence.nbd.transmission import Batch, Descriptors, Query, Reply, ServerTransmission, block_descriptors, export_flags
+from cowfence.nbd.transmission import Batch, Query, Reply, ServerTransmission, export_flags
 
 SIZE = 1 << 20
 MAX = 32 << 20
@@ -26,7 +35,13 @@ def header(command: int, offset: int = 0, length: int = 0, flags: int = 0, cooki
 
 
 def machine(*, size: int = SIZE, writable: bool = True, structured: bool = True, context: int | None = 1) -> ServerTransmission:
-    return ServerTransmission(size, writable=writable, block_bytes=4096, structured=structured, allocation_context=context)
+    return ServerTransmission(
+        size,
+        writable=writable,
+        block_bytes=4096,
+        style=Style.STRUCTURED if structured else Style.SIMPLE,
+        contexts=() if context is None else (context,),
+    )
 
 
 def drain(server: ServerTransmission) -> Batch:
@@ -85,7 +100,7 @@ def test_requests_that_a_disk_does(data: bytes, request_: Request) -> None:
 
 def test_queries() -> None:
     batch = fed(header(Command.BLOCK_STATUS, 5, 6, CommandFlag.REQ_ONE, cookie=1) + header(Command.CACHE, 7, 8, cookie=2))
-    assert batch.queries == [Query(Command.BLOCK_STATUS, 1, 5, 6, True), Query(Command.CACHE, 2, 7, 8)]
+    assert batch.queries == [Query(Command.BLOCK_STATUS, 1, 5, 6, True, (1,)), Query(Command.CACHE, 2, 7, 8, contexts=(1,))]
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -293,7 +308,7 @@ def test_blocked_requests_are_left_for_later() -> None:
     assert server.answer(out, batch, [BLOCKED, b"ab"]) == [0]
     late = list[Reply]()
     server.answer_finally(late, fed(header(Command.FLUSH, cookie=1), server), [None])
-    assert late == [m.encode_simple_reply(1)]
+    assert late == [helpers_nbd.encode_simple_reply(1)]
     server.answer_finally(late, fed(header(Command.FLUSH, cookie=1), server), [BLOCKED])
     assert error_of(late[1:]) == NbdErrno.EIO
 
@@ -317,12 +332,13 @@ def extent(start: int, length: int, *, zero: bool = False, present: bool = True)
     ],
 )
 def test_block_descriptors(extents: list[Extent], one: bool, descriptors: Descriptors) -> None:
-    assert block_descriptors(iter(extents), Query(Command.BLOCK_STATUS, 1, 10, 50, one)) == descriptors
+    disk = SimpleNamespace(extents=lambda _offset, _length: iter(extents))
+    assert Export(cast("Disk", disk)).status(1, 10, 50, one=one) == descriptors
 
 
 def test_the_number_of_descriptors_is_bounded() -> None:
-    many = (extent(start, 1, zero=bool(start % 2)) for start in range(1_000_000))
-    assert len(block_descriptors(many, Query(Command.BLOCK_STATUS, 1, 0, 1_000_000))) == 4096
+    many = ((start, 1, start % 2) for start in range(1_000_000))
+    assert len(block_descriptors(many, 0, 1_000_000, 4096)) == 4096
 
 
 def test_export_flags() -> None:
@@ -334,15 +350,15 @@ def test_export_flags() -> None:
 
 
 def client(*, structured: bool = True) -> ClientTransmission:
-    return ClientTransmission(structured=structured, allocation_context=1)
+    return ClientTransmission(style=Style.STRUCTURED if structured else Style.SIMPLE, contexts=(1,))
 
 
 def simple(cookie: int, error: int = 0, data: bytes = b"") -> bytes:
-    return m.encode_simple_reply(cookie, error) + data
+    return helpers_nbd.encode_simple_reply(cookie, error) + data
 
 
 def data_chunk(cookie: int, offset: int, data: bytes, *, done: bool = True) -> bytes:
-    return m.encode_chunk(cookie, m.Chunk.OFFSET_DATA, offset.to_bytes(8, "big") + data, done=done)
+    return helpers_nbd.encode_chunk(cookie, m.Chunk.OFFSET_DATA, offset.to_bytes(8, "big") + data, done=done)
 
 
 def test_a_read_is_put_together_from_chunks_in_any_order() -> None:
@@ -350,9 +366,9 @@ def test_a_read_is_put_together_from_chunks_in_any_order() -> None:
     cookie, _ = side.request(Command.READ, 100, 10)
     stream = (
         data_chunk(cookie, 107, b"xyz", done=False)
-        + m.encode_hole_chunk(cookie, 104, 3, done=False)
+        + helpers_nbd.encode_hole_chunk(cookie, 104, 3, done=False)
         + data_chunk(cookie, 100, b"abcd", done=False)
-        + m.encode_chunk(cookie, m.Chunk.NONE, b"")
+        + helpers_nbd.encode_chunk(cookie, m.Chunk.NONE, b"")
     )
     completions = [completion for byte in stream for completion in side.receive(bytes((byte,)))]
     assert completions == [Completion(cookie, 0, "", bytearray(b"abcd\0\0\0xyz"))]
@@ -370,7 +386,7 @@ def test_simple_replies_and_errors() -> None:
 def test_an_error_chunk_fails_the_read_even_after_all_its_data() -> None:
     side = client()
     side.request(Command.READ, 0, 3)
-    (done,) = side.receive(data_chunk(1, 0, b"abc", done=False) + m.encode_error_chunk(1, NbdErrno.EIO, "lost"))
+    (done,) = side.receive(data_chunk(1, 0, b"abc", done=False) + helpers_nbd.encode_error_chunk(1, NbdErrno.EIO, "lost"))
     assert (done.error, done.text) == (NbdErrno.EIO, "lost")
 
 
@@ -386,16 +402,16 @@ def test_an_error_chunk_fails_the_read_even_after_all_its_data() -> None:
         data_chunk(1, 100, b"abc"),  # done before all is there
         data_chunk(1, 100, b"abcdef", done=False) + data_chunk(1, 105, b"abc", done=False),
         data_chunk(1, 105, b"abc", done=False) + data_chunk(1, 100, b"abcdef", done=False),
-        m.encode_hole_chunk(1, 100, 11),
-        m.encode_hole_chunk(1, 100, 0),
-        m.encode_hole_chunk(1, 1 << 63, 10),
-        m.encode_chunk(1, m.Chunk.NONE, b""),
-        m.encode_chunk(1, m.Chunk.NONE, b"", done=False),
-        m.encode_chunk(1, 77, b""),
-        m.encode_chunk(1, m.Chunk.ERROR, b""),
-        m.encode_chunk(1, m.Chunk.ERROR, b"\0\0\0\0\0\0"),
-        m.encode_chunk(1, m.Chunk.ERROR, b"\0\0\0\5\xff\xff"),
-        m.encode_status_chunk(1, 1, [(10, 0)]),
+        helpers_nbd.encode_hole_chunk(1, 100, 11),
+        helpers_nbd.encode_hole_chunk(1, 100, 0),
+        helpers_nbd.encode_hole_chunk(1, 1 << 63, 10),
+        helpers_nbd.encode_chunk(1, m.Chunk.NONE, b""),
+        helpers_nbd.encode_chunk(1, m.Chunk.NONE, b"", done=False),
+        helpers_nbd.encode_chunk(1, 77, b""),
+        helpers_nbd.encode_chunk(1, m.Chunk.ERROR, b""),
+        helpers_nbd.encode_chunk(1, m.Chunk.ERROR, b"\0\0\0\0\0\0"),
+        helpers_nbd.encode_chunk(1, m.Chunk.ERROR, b"\0\0\0\5\xff\xff"),
+        helpers_nbd.encode_status_chunk(1, 1, [(10, 0)]),
         bytes.fromhex("668e33ef 0001 0001 0000000000000001 ffffffff"),  # 4 GiB announced
         bytes.fromhex("668e33ef 0001 8001 0000000000000001 7fffffff"),
     ],
@@ -412,11 +428,11 @@ def test_what_a_server_may_not_send(stream: bytes) -> None:
 @pytest.mark.parametrize(
     "stream",
     [
-        m.encode_status_chunk(1, 2, [(10, 0)]),  # another context
-        m.encode_status_chunk(1, 1, [(0, 0)]),
-        m.encode_status_chunk(1, 1, []),
-        m.encode_chunk(1, m.Chunk.NONE, b""),
-        m.encode_chunk(1, m.Chunk.BLOCK_STATUS, b"\0\0\0\1abc"),
+        helpers_nbd.encode_status_chunk(1, 2, [(10, 0)]),  # another context
+        helpers_nbd.encode_status_chunk(1, 1, [(0, 0)]),
+        helpers_nbd.encode_status_chunk(1, 1, []),
+        helpers_nbd.encode_chunk(1, m.Chunk.NONE, b""),
+        helpers_nbd.encode_chunk(1, m.Chunk.BLOCK_STATUS, b"\0\0\0\1abc"),
         simple(1),
     ],
 )

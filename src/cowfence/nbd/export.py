@@ -1,0 +1,101 @@
+"""What a server exports: a disk under a name, and what may be asked about its blocks (metadata contexts)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from cowfence.disk.base import Disk
+from cowfence.extents import Extent
+from cowfence.nbd.messages import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, State
+
+_DESCRIPTORS_MAX: Final = 4096
+_DIRTY: Final = 1
+
+Ranges = Callable[[], list[tuple[int, int]]]
+"""The dirty ranges (offset, length in bytes) of a bitmap, in order, as they are now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A disk under a name. ``read_only`` refuses writes even where the disk would take them. ``bitmaps``: whose ranges clients
+    may ask for. ``allocation_depth``: they may ask which layer a range comes from. ``clients``: the names of certificates that
+    may use it; None: anybody."""
+
+    disk: Disk
+    read_only: bool = False
+    description: str = ""
+    bitmaps: Mapping[str, Ranges] = field(default_factory=dict)
+    allocation_depth: bool = False
+    clients: frozenset[str] | None = None
+
+    @property
+    def writable(self) -> bool:
+        return self.disk.writable and not self.read_only
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The names of its metadata contexts. Their ids are their places here, from 1 on."""
+        depth = (ALLOCATION_DEPTH,) if self.allocation_depth else ()
+        return (BASE_ALLOCATION, *depth, *(DIRTY_BITMAP + name for name in self.bitmaps))
+
+    def status(self, context_id: int, offset: int, length_bytes: int, *, one: bool = False) -> list[tuple[int, int]]:
+        """Descriptors (length in bytes, state) of a range, neighbours of one state merged: at least one, at most one or 4,096,
+        none past the range. Raises what the disk raises."""
+        context = self.contexts[context_id - 1]
+        if context.startswith(DIRTY_BITMAP):
+            runs = _dirty(self.bitmaps[context.removeprefix(DIRTY_BITMAP)](), offset, offset + length_bytes)
+        else:
+            state = _depth_state if context == ALLOCATION_DEPTH else _allocation_state
+            extents = self.disk.extents(offset, length_bytes)
+            runs = ((extent.start, extent.length_bytes, state(extent)) for extent in extents)
+        return block_descriptors(runs, offset, length_bytes, 1 if one else _DESCRIPTORS_MAX)
+
+
+def _allocation_state(extent: Extent) -> int:
+    return (0 if extent.present else int(State.HOLE)) | (int(State.ZERO) if extent.zero else 0)
+
+
+def _depth_state(extent: Extent) -> int:
+    return extent.depth + 1 if extent.present else 0
+
+
+def _dirty(ranges: Iterable[tuple[int, int]], offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+    position = offset
+    for start, length_bytes in ranges:
+        start, stop = max(start, position), min(start + length_bytes, end)
+        if stop <= start:
+            continue
+        yield position, start - position, 0
+        yield start, stop - start, _DIRTY
+        position = stop
+    yield position, end - position, 0
+
+
+def block_descriptors(runs: Iterable[tuple[int, int, int]], offset: int, length_bytes: int, most: int) -> list[tuple[int, int]]:
+    """Descriptors (length in bytes, state) of a range out of runs (offset, length in bytes, state).
+
+    What the runs leave out, or say about other ranges, has state 0: for base:allocation allocated data, which "a server MAY
+    always safely report".
+    """
+    descriptors: list[tuple[int, int]] = []
+    position, end = offset, offset + length_bytes
+    run_bytes, run_state = 0, 0
+    for start, run_length_bytes, state in runs:
+        stop = min(start + run_length_bytes, end)
+        if stop <= position or start > position:
+            continue
+        if state != run_state and run_bytes:
+            descriptors.append((run_bytes, run_state))
+            run_bytes = 0
+            if len(descriptors) >= most:
+                return descriptors
+        run_state = state
+        run_bytes += stop - position
+        position = stop
+        if position == end:
+            break
+    if run_bytes:
+        descriptors.append((run_bytes, run_state))
+    return descriptors or [(length_bytes, 0)]
