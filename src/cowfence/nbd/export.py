@@ -54,7 +54,8 @@ class Export:
 
 
 def _allocation_state(extent: Extent) -> int:
-    return (0 if extent.present else int(State.HOLE)) | (int(State.ZERO) if extent.zero else 0)
+    # As QEMU has it: what no bytes are read for is a hole, whether its entry says zeros or nothing.
+    return (0 if extent.data else int(State.HOLE)) | (int(State.ZERO) if extent.zero else 0)
 
 
 def _depth_state(extent: Extent) -> int:

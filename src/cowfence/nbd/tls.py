@@ -151,6 +151,7 @@ class TlsSession:
                 self.established = True
             while piece := self._object.read(_READ_BYTES):
                 said.append(piece)
+            self.ended = True
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:

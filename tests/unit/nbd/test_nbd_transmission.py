@@ -321,13 +321,13 @@ def extent(start: int, length: int, *, zero: bool = False, present: bool = True)
     ("extents", "one", "descriptors"),
     [
         ([extent(0, 100)], False, [(50, 0)]),
-        ([extent(0, 20), extent(20, 5), extent(25, 100, zero=True)], False, [(15, 0), (35, 2)]),
+        ([extent(0, 20), extent(20, 5), extent(25, 100, zero=True)], False, [(15, 0), (35, 3)]),
         ([extent(10, 20, zero=True, present=False), extent(30, 30)], False, [(20, 3), (30, 0)]),
         ([extent(10, 20, zero=True, present=False), extent(30, 30)], True, [(20, 3)]),
-        ([extent(10, 20, present=False)], False, [(20, 1)]),  # the rest is not told
+        ([extent(10, 20, present=False)], False, [(20, 0)]),  # the rest is not told
         ([], False, [(50, 0)]),
         ([extent(0, 5), extent(70, 5)], False, [(50, 0)]),  # nothing about the range
-        ([extent(0, 1 << 70, zero=True)], False, [(50, 2)]),
+        ([extent(0, 1 << 70, zero=True)], False, [(50, 3)]),
         ([extent(10, 0), extent(10, 10)], False, [(10, 0)]),
     ],
 )
