@@ -16,7 +16,7 @@ from cowfence.cli.main import COMMANDS
 def pages() -> dict[str, str]:
     """Name of the file, and its text."""
     found: dict[str, str] = {}
-    for program in ("cowfence", "cowfence-img", "cowfence-io"):
+    for program in ("cowfence", "cowfence-img", "cowfence-io", "cowfence-nbd"):
         parser = parser_of(program)
         found[f"{program}.1"] = _page(parser, parser.description or program)
         if program == "cowfence":

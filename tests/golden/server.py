@@ -13,11 +13,16 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 
-from cowfence.cli import img
+from cowfence.cli import img, nbd
 from cowfence.cli.main import COMMANDS, entry_of
 
-_PROGRAMS = {"cowfence-img": {name: COMMANDS[name] for name in img.NAMES}, "cowfence": COMMANDS}
+_PROGRAMS: dict[str, Callable[[list[str]], int]] = {
+    "cowfence": lambda words: entry_of("cowfence", COMMANDS, words),
+    "cowfence-img": lambda words: entry_of("cowfence-img", {name: COMMANDS[name] for name in img.NAMES}, words),
+    "cowfence-nbd": nbd.entry,
+}
 
 
 def _serve() -> None:
@@ -45,7 +50,7 @@ def _child(program: str, words: list[str], folder: str, stdin: str, out: int, er
     os.dup2(err, 2)
     try:
         os.chdir(folder)
-        code = entry_of(program, _PROGRAMS[program], words)
+        code = _PROGRAMS[program](words)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0
     except BaseException:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from cowfence.cli.main import COMMANDS, add_output_option, print_json, whole_parser
 from cowfence.errors import Unsupported
 
-_PROGRAMS = ("cowfence", "cowfence-img", "cowfence-io")
+_PROGRAMS = ("cowfence", "cowfence-img", "cowfence-io", "cowfence-nbd")
 _FILE_WORDS = ("FILE", "PATH", "IMAGE", "DIRECTORY")
 
 
@@ -43,6 +43,10 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         from cowfence.cli.io import parser as io_parser
 
         return io_parser()
+    if program == "cowfence-nbd":
+        from cowfence.cli.nbd import parser as nbd_parser
+
+        return nbd_parser()
     if program == "cowfence-img":
         from cowfence.cli.img import NAMES
 

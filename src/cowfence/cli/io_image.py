@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -16,6 +14,7 @@ from cowfence.errors import Invalid, Unsupported
 
 if TYPE_CHECKING:
     from cowfence.disk.base import Disk
+    from cowfence.ops.temporary import TemporaryOverlay
 
 DISCARDS: Final = ("ignore", "off", "unmap", "on")
 
@@ -35,7 +34,7 @@ class Wish:
 
 
 class Image:
-    """An open image. ``directory`` holds the overlay of ``-s`` as long as it is open."""
+    """An open image. ``-s`` writes into an overlay, which is there as long as it is open."""
 
     def __init__(self, wish: Wish, arguments: argparse.Namespace) -> None:
         """Raises as ``cowfence.open`` does, Invalid and Unsupported for what cannot be asked for."""
@@ -45,7 +44,7 @@ class Image:
         self.wish = wish
         self.discards = wish.discard in ("unmap", "on")
         self._arguments = arguments
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._overlay: TemporaryOverlay | None = None
         source = parse_source(wish.name, image_opts=wish.described)
         self._source = source
         self.path = source.name
@@ -86,17 +85,14 @@ class Image:
 
     def _open_overlay(self) -> Disk:
         """What is written goes into a file that nobody will see again."""
-        from cowfence.ops.create import CreateOptions, create
+        from cowfence.ops.temporary import TemporaryOverlay
 
-        if self.format == "luks":
-            raise Unsupported(self.path, "-s over an encrypted raw image")
-        self._directory = tempfile.TemporaryDirectory(prefix="cowfence-io-")
-        overlay = os.path.join(self._directory.name, "overlay")
+        assert self.format is not None  # since it was looked at
+        self._overlay = TemporaryOverlay(self.path, self.format)
         try:
-            create(overlay, CreateOptions(backing=os.path.abspath(self.path), backing_format=self.format))
-            return self._open_file(overlay, "qcow2", Refs.trust_all())
+            return self._open_file(self._overlay.path, "qcow2", self._overlay.refs)
         except BaseException:
-            self._directory.cleanup()
+            self._overlay.close()
             raise
 
     def close(self) -> None:
@@ -104,8 +100,8 @@ class Image:
         try:
             self.disk.close()
         finally:
-            if self._directory is not None:
-                self._directory.cleanup()
+            if self._overlay is not None:
+                self._overlay.close()
 
 
 _MODES: Final = {

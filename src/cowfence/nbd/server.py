@@ -91,11 +91,13 @@ class Limits:
 class _ExportTable(Mapping[str, ExportInfo]):
     """The exports as the handshake sees them; a disk is asked about itself only when a client names it.
 
-    ``names``: of the client's certificate; an export that is for others is as if it were not there.
+    ``shared``: more than one client at a time may come. ``names``: of the client's certificate; an export that is for others is
+    as if it were not there.
     """
 
-    def __init__(self, exports: Mapping[str, Export], names: frozenset[str] = frozenset()) -> None:
+    def __init__(self, exports: Mapping[str, Export], *, shared: bool, names: frozenset[str] = frozenset()) -> None:
         self._exports = exports
+        self._shared = shared
         self._names = names
 
     def __getitem__(self, name: str) -> ExportInfo:
@@ -106,7 +108,7 @@ class _ExportTable(Mapping[str, ExportInfo]):
         return ExportInfo(
             name,
             export.disk.size,
-            export_flags(writable=export.writable),
+            export_flags(writable=export.writable, shared=self._shared),
             export.description,
             preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
             contexts=export.contexts,
@@ -144,7 +146,7 @@ class Server:
         self._tls_mode = Tls.OFF if tls is None else Tls.REQUIRED if tls_required else Tls.OFFERED
         self._until_unused = until_unused
         self._limits = limits or Limits()
-        self._table = _ExportTable(exports)
+        self._table = self._exports_for(frozenset())
         self._epoll = select.epoll()
         self._bell = Bell()
         self._epoll.register(self._bell.fd, select.EPOLLIN)
@@ -159,6 +161,9 @@ class Server:
         self._stop_wanted = False
         self._stop_deadline: float | None = None
         self._closed = False
+
+    def _exports_for(self, names: frozenset[str]) -> _ExportTable:
+        return _ExportTable(self._exports, shared=self._limits.connections > 1, names=names)
 
     # --- listening ---
 
@@ -257,7 +262,7 @@ class Server:
                 if self._negotiating or self._stop_wanted:
                     self._look_at_clock()
         finally:
-            self._close()
+            self.close()
 
     def stop(self) -> None:
         """Ask ``serve_forever`` to end. From any thread or signal handler; may be called again, and before it begins."""
@@ -312,7 +317,8 @@ class Server:
                     os.unlink(path)
         self._unix_paths.clear()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close everything at once; for a server that never came to ``serve_forever``, which does it at its end."""
         if self._closed:
             return
         self._closed = True
@@ -448,7 +454,7 @@ class Server:
                 return
             data = plain
             if handshake.wants_tls:
-                handshake.secured_with(_ExportTable(self._exports, connection.tls.peer_names()))
+                handshake.secured_with(self._exports_for(connection.tls.peer_names()))
         self._send(connection, [handshake.receive(data)])
         if handshake.wants_tls and self._tls is not None and not handshake.ended:
             connection.tls = TlsSession(self._tls, server_side=True)

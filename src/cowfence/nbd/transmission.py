@@ -457,10 +457,11 @@ def error_number(error: CowfenceError) -> int:
     return NbdErrno.EIO
 
 
-SERVER_FLAGS: Final = int(Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.SEND_CACHE | Flag.CAN_MULTI_CONN)
+SERVER_FLAGS: Final = int(Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.SEND_CACHE)
 WRITABLE_FLAGS: Final = int(Flag.SEND_TRIM | Flag.SEND_WRITE_ZEROES | Flag.SEND_FAST_ZERO)
 
 
-def export_flags(*, writable: bool) -> int:
-    """The transmission flags that ``ServerTransmission`` keeps the promises of."""
-    return SERVER_FLAGS | (WRITABLE_FLAGS if writable else int(Flag.READ_ONLY))
+def export_flags(*, writable: bool, shared: bool = True) -> int:
+    """The transmission flags that ``ServerTransmission`` keeps the promises of. ``shared``: more than one client may come."""
+    flags = SERVER_FLAGS | (WRITABLE_FLAGS if writable else int(Flag.READ_ONLY))
+    return flags | (int(Flag.CAN_MULTI_CONN) if shared else 0)

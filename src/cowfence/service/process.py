@@ -1,0 +1,96 @@
+"""The server as a process of its host: put into the background, named in a file, handed its sockets by the service manager."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from cowfence.errors import Invalid, from_os_error
+
+_FIRST_ACTIVATED_FD: Final = 3
+_READY: Final = b"ready"
+
+
+class Background:
+    """``--fork``: what is left of the program goes on in a child; its parent waits until ``ready``, or else fails as it does.
+
+    To be made before any thread is started and any image opened.
+    """
+
+    def __init__(self) -> None:
+        told, self._tell = os.pipe()
+        child = os.fork()
+        if child:
+            os.close(self._tell)
+            with os.fdopen(told, "rb") as waiting:
+                is_ready = waiting.read() == _READY
+            if is_ready:
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            os._exit(os.waitstatus_to_exitcode(status) or 1)
+        os.close(told)
+        os.set_inheritable(self._tell, False)
+        os.setsid()
+        # What is started from here on keeps no pipe of our caller's open; what we have to complain about still gets there.
+        self._errors = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+        os.set_inheritable(self._errors.fileno(), False)
+        sys.stderr = self._errors
+        self._leave(0, 1, 2)
+
+    def ready(self) -> None:
+        """Let go of the terminal, and let the parent say that all is well."""
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+        self._errors.close()
+        os.write(self._tell, _READY)
+        os.close(self._tell)
+
+    @staticmethod
+    def _leave(*fds: int) -> None:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for fd in fds:
+            os.dup2(nowhere, fd)
+        os.close(nowhere)
+
+
+@contextmanager
+def pid_file(path: str | None) -> Iterator[None]:
+    """A file with the number of this process, for as long as it lives. Raises StorageFailed."""
+    if path is None:
+        yield
+        return
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise from_os_error(path, "create", 0, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def activated_sockets() -> list[socket.socket]:
+    """The listening sockets that the service manager made for this process (sd_listen_fds(3)); none where it made none.
+
+    Raises Invalid for what cannot be listened at.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    words = [os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")]
+    count = int(words[0]) if words[0].isascii() and words[0].isdigit() else 0
+    found: list[socket.socket] = []
+    for fd in range(_FIRST_ACTIVATED_FD, _FIRST_ACTIVATED_FD + count):
+        try:
+            os.set_inheritable(fd, False)
+            made = socket.socket(fileno=fd)
+            if made.type != socket.SOCK_STREAM or not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise Invalid(f"socket activation: descriptor {fd} is no listening stream socket")
+        except OSError as error:
+            raise Invalid(f"socket activation: descriptor {fd}: {error.strerror}") from None
+        found.append(made)
+    return found
