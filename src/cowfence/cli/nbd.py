@@ -130,7 +130,7 @@ def _serve(arguments: argparse.Namespace, name: str) -> int:
     from cowfence.nbd.messages import DEFAULT_PORT
     from cowfence.nbd.server import Limits, Server
     from cowfence.service.exports import OpenedExport
-    from cowfence.service.process import Background, activated_sockets, pid_file
+    from cowfence.service.process import Background, PidFile, activated_sockets
     from cowfence.service.run import serve
 
     objects = split_objects(arguments)
@@ -146,6 +146,8 @@ def _serve(arguments: argparse.Namespace, name: str) -> int:
     spec = _spec(arguments, source, clients)
     background = Background() if arguments.fork else None
     with ExitStack() as stack:
+        pid_file = PidFile(arguments.pid_file)
+        stack.callback(pid_file.remove)
         opened = OpenedExport(spec, refs=references(arguments, spec.path), secrets=secrets_for(source, arguments))
         stack.callback(opened.close)
         limits = Limits(connections=shared) if shared else Limits()
@@ -163,7 +165,7 @@ def _serve(arguments: argparse.Namespace, name: str) -> int:
             server.listen_unix(arguments.socket)
         elif not sockets:
             server.listen_tcp(arguments.bind or _LOOPBACK, port)
-        stack.enter_context(pid_file(arguments.pid_file))
+        pid_file.write()
         serve(server, background.ready if background is not None else lambda: None)
     return 0
 

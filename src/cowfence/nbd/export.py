@@ -9,6 +9,9 @@ from typing import Final
 from cowfence.disk.base import Disk
 from cowfence.extents import Extent
 from cowfence.nbd.messages import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, State
+from cowfence.nbd.negotiation import ExportInfo
+from cowfence.nbd.transmission import export_flags
+from cowfence.units import KIB, MIB
 
 _DESCRIPTORS_MAX: Final = 4096
 _DIRTY: Final = 1
@@ -51,6 +54,42 @@ class Export:
             extents = self.disk.extents(offset, length_bytes)
             runs = ((extent.start, extent.length_bytes, state(extent)) for extent in extents)
         return block_descriptors(runs, offset, length_bytes, 1 if one else _DESCRIPTORS_MAX)
+
+
+class ExportTable(Mapping[str, ExportInfo]):
+    """The exports as the handshake sees them; a disk is asked about itself only when a client names it.
+
+    ``shared``: more than one client at a time may come. ``names``: of the client's certificate; an export that is for others is
+    as if it were not there.
+    """
+
+    def __init__(self, exports: Mapping[str, Export], *, shared: bool, names: frozenset[str] = frozenset()) -> None:
+        self._exports = exports
+        self._shared = shared
+        self._names = names
+
+    def __getitem__(self, name: str) -> ExportInfo:
+        export = self._exports[name]
+        if not self._may_use(export):
+            raise KeyError(name)
+        preferred_bytes = 1 << max(export.disk.block_bytes - 1, 0).bit_length()
+        return ExportInfo(
+            name,
+            export.disk.size,
+            export_flags(writable=export.writable, shared=self._shared),
+            export.description,
+            preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
+            contexts=export.contexts,
+        )
+
+    def _may_use(self, export: Export) -> bool:
+        return export.clients is None or bool(export.clients & self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, export in list(self._exports.items()) if self._may_use(export))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _allocation_state(extent: Extent) -> int:

@@ -23,35 +23,32 @@ belong to the caller, who closes them afterwards.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
 import select
 import socket
 import ssl
-import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from cowfence.disk.base import Disk, Verb
-from cowfence.errors import CowfenceError, Invalid, Locked, StorageFailed
+from cowfence.errors import Invalid
+from cowfence.nbd import listening
 from cowfence.nbd.connection import Connection
-from cowfence.nbd.export import Export
+from cowfence.nbd.export import Export, ExportTable
 from cowfence.nbd.handshake import ServerHandshake, Tls
+from cowfence.nbd.listening import Listener
 from cowfence.nbd.messages import ProtocolError
-from cowfence.nbd.negotiation import ExportInfo
 from cowfence.nbd.tls import TlsSession
 from cowfence.nbd.transmission import (
     Batch,
     Query,
     Reply,
     ServerTransmission,
-    export_flags,
 )
 from cowfence.nbd.uri import NbdUri
 from cowfence.nbd.workers import Bell, Job, Workers, is_fence, submit
@@ -88,42 +85,6 @@ class Limits:
     stop_seconds: float = 10.0
 
 
-class _ExportTable(Mapping[str, ExportInfo]):
-    """The exports as the handshake sees them; a disk is asked about itself only when a client names it.
-
-    ``shared``: more than one client at a time may come. ``names``: of the client's certificate; an export that is for others is
-    as if it were not there.
-    """
-
-    def __init__(self, exports: Mapping[str, Export], *, shared: bool, names: frozenset[str] = frozenset()) -> None:
-        self._exports = exports
-        self._shared = shared
-        self._names = names
-
-    def __getitem__(self, name: str) -> ExportInfo:
-        export = self._exports[name]
-        if not self._may_use(export):
-            raise KeyError(name)
-        preferred_bytes = 1 << max(export.disk.block_bytes - 1, 0).bit_length()
-        return ExportInfo(
-            name,
-            export.disk.size,
-            export_flags(writable=export.writable, shared=self._shared),
-            export.description,
-            preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
-            contexts=export.contexts,
-        )
-
-    def _may_use(self, export: Export) -> bool:
-        return export.clients is None or bool(export.clients & self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, export in list(self._exports.items()) if self._may_use(export))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 class Server:
     """Serves exports over NBD. Listen first, then call ``serve_forever`` in the thread that is to do the work.
 
@@ -151,9 +112,8 @@ class Server:
         self._bell = Bell()
         self._epoll.register(self._bell.fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
-        self._listeners: list[socket.socket] = []
+        self._listeners: list[Listener] = []
         self._accepting = False
-        self._unix_paths: list[tuple[str, int]] = []
         self._addresses: list[NbdUri] = []
         self._connections: dict[int, Connection] = {}
         self._negotiating: deque[Connection] = deque()
@@ -162,82 +122,32 @@ class Server:
         self._stop_deadline: float | None = None
         self._closed = False
 
-    def _exports_for(self, names: frozenset[str]) -> _ExportTable:
-        return _ExportTable(self._exports, shared=self._limits.connections > 1, names=names)
+    def _exports_for(self, names: frozenset[str]) -> ExportTable:
+        return ExportTable(self._exports, shared=self._limits.connections > 1, names=names)
 
     # --- listening ---
 
     def listen_unix(self, path: str) -> str:
-        """Listen at a Unix socket, whose access the umask decides. Returns the path.
-
-        A socket file that nobody listens at any more is replaced. Raises ``Locked`` where a server listens,
-        ``StorageFailed`` where the path cannot be used.
-        """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._bind_unix(listener, path)
-        except OSError as error:
-            listener.close()
-            raise StorageFailed(path, "listen", 0, error) from error
-        except CowfenceError:
-            listener.close()
-            raise
-        self._unix_paths.append((path, os.stat(path).st_ino))
-        self._add_listener(listener, NbdUri(socket_path=path))
+        """Listen at a Unix socket; returns the path. Raises as ``listening.listen_unix`` does."""
+        self._add_listener(listening.listen_unix(path))
         return path
 
-    @staticmethod
-    def _bind_unix(listener: socket.socket, path: str) -> None:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1)
-                try:
-                    probe.connect(path)
-                except ConnectionRefusedError:
-                    os.unlink(path)
-                else:
-                    raise Locked(path, "another server listens at this socket") from error
-            listener.bind(path)
-        listener.listen(_BACKLOG)
-
     def listen_tcp(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
-        """Listen at a TCP port; 0 lets the host choose one. Returns the actual address. Raises ``StorageFailed``."""
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind, protocol)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-                listener.listen(_BACKLOG)
-            except OSError:
-                listener.close()
-                raise
-        except OSError as error:
-            raise StorageFailed(f"{host}:{port}", "listen", 0, error) from error
-        actual: tuple[str, int] = listener.getsockname()[:2]
-        self._add_listener(listener, NbdUri(host=actual[0], port=actual[1]))
-        return actual
+        """Listen at a TCP port; returns the actual address. Raises as ``listening.listen_tcp`` does."""
+        listener = listening.listen_tcp(host, port)
+        self._add_listener(listener)
+        return listener.address.host, listener.address.port
 
-    def listen_on(self, listener: socket.socket) -> None:
+    def listen_on(self, sock: socket.socket) -> None:
         """Serve a listening socket made elsewhere (socket activation). Takes it over."""
-        name = listener.getsockname()
-        if listener.family == socket.AF_UNIX:
-            address = NbdUri(socket_path=name if isinstance(name, str) else os.fsdecode(name))
-        else:
-            address = NbdUri(host=name[0], port=name[1])
-        self._add_listener(listener, address)
+        self._add_listener(listening.listen_on(sock))
 
-    def _add_listener(self, listener: socket.socket, address: NbdUri) -> None:
-        listener.setblocking(False)
+    def _add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
-        self._addresses.append(address)
-        self._handlers[listener.fileno()] = lambda _events: self._on_connect(listener)
+        self._addresses.append(listener.address)
+        self._handlers[listener.sock.fileno()] = lambda _events: self._on_connect(listener.sock)
         if self._accepting:
-            self._epoll.register(listener, select.EPOLLIN)
+            self._epoll.register(listener.sock, select.EPOLLIN)
         else:
             self._accept(wanted=True)
 
@@ -246,7 +156,7 @@ class Server:
         if not self._addresses:
             raise Invalid("the server does not listen yet")
         first = self._addresses[0]
-        return str(NbdUri(export, first.host, first.port, first.socket_path))
+        return str(NbdUri(export, first.host, first.port, first.socket_path, tls=self._tls is not None))
 
     # --- the loop ---
 
@@ -308,14 +218,9 @@ class Server:
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
-            self._handlers.pop(listener.fileno(), None)
+            self._handlers.pop(listener.sock.fileno(), None)
             listener.close()
         self._listeners.clear()
-        for path, inode in self._unix_paths:
-            with suppress(OSError):
-                if os.lstat(path).st_ino == inode:
-                    os.unlink(path)
-        self._unix_paths.clear()
 
     def close(self) -> None:
         """Close everything at once; for a server that never came to ``serve_forever``, which does it at its end."""
@@ -336,9 +241,9 @@ class Server:
         self._accepting = wanted
         for listener in self._listeners:
             if wanted:
-                self._epoll.register(listener, select.EPOLLIN)
+                self._epoll.register(listener.sock, select.EPOLLIN)
             else:
-                self._epoll.unregister(listener)
+                self._epoll.unregister(listener.sock)
 
     def _on_connect(self, listener: socket.socket) -> None:
         while self._accepting:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Final
 
 from cowfence.errors import Invalid, from_os_error
@@ -56,22 +55,29 @@ class Background:
         os.close(nowhere)
 
 
-@contextmanager
-def pid_file(path: str | None) -> Iterator[None]:
-    """A file with the number of this process, for as long as it lives. Raises StorageFailed."""
-    if path is None:
-        yield
-        return
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
-    except OSError as error:
-        raise from_os_error(path, "create", 0, error) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
+class PidFile:
+    """A file with the number of this process. ``path``: None makes none."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._written = False
+
+    def write(self) -> None:
+        """Raises StorageFailed."""
+        if self._path is None:
+            return
+        try:
+            with open(self._path, "w", encoding="ascii") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            raise from_os_error(self._path, "create", 0, error) from error
+        self._written = True
+
+    def remove(self) -> None:
+        """The last thing that is done: whoever waits for it may use the image then."""
+        if self._path is not None and self._written:
+            with suppress(OSError):
+                os.unlink(self._path)
 
 
 def activated_sockets() -> list[socket.socket]:
