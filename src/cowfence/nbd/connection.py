@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,6 +19,7 @@ from cowfence.nbd.transmission import (
 
 _QUICK_SECONDS: Final = 0.00025
 _QUICK_ROW: Final = 16
+_IOV_MAX: Final = 1024
 
 
 @dataclass(eq=False, slots=True)
@@ -36,7 +38,8 @@ class Pace:
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One client. ``transmission`` and ``export`` are there once the handshake is over."""
+    """One client. ``transmission`` and ``export`` are there once the handshake is over. ``heard``: when something
+    came from it last, where that is limited."""
 
     sock: socket.socket
     fd: int
@@ -50,6 +53,53 @@ class Connection:
     unsent_bytes: int = 0
     jobs: int = 0
     jobs_bytes: int = 0
+    heard: float = 0.0
     interest: int = select.EPOLLIN
     leaving: bool = False
     closed: bool = False
+
+    def send(self, replies: list[Reply]) -> None:
+        """Send, inside of TLS where that has begun; what the socket does not take now is kept in ``unsent``. Raises OSError."""
+        self.put(replies if self.tls is None else [self.tls.encrypt(replies)])
+
+    def put(self, messages: list[Reply]) -> None:
+        """The same for what is sent as it is."""
+        if self.unsent or len(messages) > _IOV_MAX:
+            self.unsent.extend(messages)
+            self.unsent_bytes += sum(map(len, messages))
+            self.send_more()
+            return
+        try:
+            sent = self.sock.sendmsg(messages)
+        except BlockingIOError:
+            sent = 0
+        total_bytes = sum(map(len, messages))
+        if sent != total_bytes:
+            self.unsent.extend(messages)
+            self.unsent_bytes = total_bytes
+            self._sent(sent)
+
+    def send_more(self) -> None:
+        """What is still in ``unsent``, as far as the socket takes it. Raises OSError."""
+        unsent = self.unsent
+        while unsent:
+            some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
+            try:
+                sent = self.sock.sendmsg(some)
+            except BlockingIOError:
+                return
+            self._sent(sent)
+
+    def _sent(self, sent: int) -> None:
+        unsent = self.unsent
+        self.unsent_bytes -= sent
+        while unsent and sent >= len(unsent[0]):
+            sent -= len(unsent.popleft())
+        if sent:
+            unsent[0] = memoryview(unsent[0])[sent:]
+
+    def say_goodbye(self) -> None:
+        """The end of TLS, for a client that is still there to hear it."""
+        if self.tls is not None:
+            with suppress(OSError):
+                self.sock.send(self.tls.goodbye())

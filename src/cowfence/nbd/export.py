@@ -10,6 +10,7 @@ from cowfence.disk.base import Disk
 from cowfence.extents import Extent
 from cowfence.nbd.messages import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, State
 from cowfence.nbd.negotiation import ExportInfo
+from cowfence.nbd.stats import Stats
 from cowfence.nbd.transmission import export_flags
 from cowfence.units import KIB, MIB
 
@@ -32,6 +33,7 @@ class Export:
     bitmaps: Mapping[str, Ranges] = field(default_factory=dict)
     allocation_depth: bool = False
     clients: frozenset[str] | None = None
+    stats: Stats = field(default_factory=Stats)
 
     @property
     def writable(self) -> bool:

@@ -31,7 +31,6 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,12 +55,10 @@ from cowfence.units import KIB, MIB
 
 _log = logging.getLogger(__name__)
 
-_IOV_MAX: Final = 1024
 _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 _TLS_RECEIVE_BYTES: Final = 256 * KIB
 _ROUNDS: Final = 4
 _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
-_BACKLOG: Final = 128
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
@@ -73,6 +70,7 @@ class Limits:
 
     ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
     has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
+    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing is sent away.
     """
 
     connections: int = 100
@@ -82,6 +80,7 @@ class Limits:
     client_unsent_bytes: int = 4 * MIB
     batch_bytes: int = 4 * MIB
     workers: int = 16
+    idle_seconds: float | None = None
     stop_seconds: float = 10.0
 
 
@@ -90,7 +89,7 @@ class Server:
 
     The mapping of exports is read when a client asks; entries may be added and taken away between that. ``tls``: what is shown
     to clients that want TLS; ``tls_required``: all have to. ``until_unused``: it stops when the last client that used an export
-    has left.
+    has left. ``on_unused`` is called, in that thread, with an export whose last client has left.
     """
 
     def __init__(
@@ -101,11 +100,13 @@ class Server:
         tls: ssl.SSLContext | None = None,
         tls_required: bool = False,
         until_unused: bool = False,
+        on_unused: Callable[[Export], None] = lambda _: None,
     ) -> None:
         self._exports = exports
         self._tls = tls
         self._tls_mode = Tls.OFF if tls is None else Tls.REQUIRED if tls_required else Tls.OFFERED
         self._until_unused = until_unused
+        self._on_unused = on_unused
         self._limits = limits or Limits()
         self._table = self._exports_for(frozenset())
         self._epoll = select.epoll()
@@ -117,7 +118,9 @@ class Server:
         self._addresses: list[NbdUri] = []
         self._connections: dict[int, Connection] = {}
         self._negotiating: deque[Connection] = deque()
-        self._workers = Workers(self._limits.workers, self._bell)
+        self._pools: dict[int, tuple[Export, Workers]] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._next_idle_look = math.inf if self._limits.idle_seconds is None else 0.0
         self._stop_wanted = False
         self._stop_deadline: float | None = None
         self._closed = False
@@ -169,7 +172,7 @@ class Server:
                     handler = handlers.get(fd)
                     if handler is not None:  # else closed by an earlier event of this round
                         handler(events)
-                if self._negotiating or self._stop_wanted:
+                if self._negotiating or self._stop_wanted or self._next_idle_look != math.inf:
                     self._look_at_clock()
         finally:
             self.close()
@@ -179,14 +182,30 @@ class Server:
         self._stop_wanted = True
         self._bell.ring()
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the serving thread call ``function``, between two requests. From any thread; not after it has ended."""
+        self._calls.append(function)
+        self._bell.ring()
+
+    def _pool_of(self, export: Export) -> Workers:
+        """Its own threads: an export whose disk is slow takes none from others."""
+        pool = self._pools.get(id(export))
+        if pool is None:
+            pool = self._pools[id(export)] = export, Workers(self._limits.workers, self._bell)
+        return pool[1]
+
     def _timeout_seconds(self) -> float | None:
         deadlines = [self._negotiating[0].deadline] if self._negotiating else []
         if self._stop_deadline is not None and self._stop_deadline != math.inf:
             deadlines.append(self._stop_deadline)
+        if self._connections and self._next_idle_look != math.inf:
+            deadlines.append(self._next_idle_look)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _finished(self) -> bool:
-        return self._stop_deadline is not None and not self._connections and not self._workers.busy
+        return (
+            self._stop_deadline is not None and not self._connections and not any(pool.busy for _, pool in self._pools.values())
+        )
 
     def _look_at_clock(self) -> None:
         if self._stop_wanted and self._stop_deadline is None:
@@ -197,11 +216,23 @@ class Server:
             connection = negotiating.popleft()
             if not connection.closed and connection.transmission is None:
                 self._drop(connection, "the handshake took too long")
+        if self._next_idle_look <= now:
+            self._send_idle_away(now)
         if self._stop_deadline is not None and self._stop_deadline <= now:
             for connection in list(self._connections.values()):
                 self._drop(connection, "replies were not taken before the end")
             # What the disk still has to finish is waited for without a limit.
             self._stop_deadline = math.inf
+
+    def _send_idle_away(self, now: float) -> None:
+        idle_seconds = self._limits.idle_seconds
+        assert idle_seconds is not None  # else nobody looks
+        for connection in list(self._connections.values()):
+            busy = connection.jobs or connection.unsent or connection.transmission is None
+            if not busy and now - connection.heard >= idle_seconds:
+                connection.say_goodbye()
+                self._drop(connection, "idle")
+        self._next_idle_look = now + idle_seconds / 4
 
     def _begin_stop(self) -> None:
         self._stop_deadline = time.monotonic() + self._limits.stop_seconds
@@ -230,7 +261,8 @@ class Server:
         self._close_listeners()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server has ended")
-        self._workers.close()
+        for _, pool in self._pools.values():
+            pool.close()
         self._epoll.close()
 
     # --- connections ---
@@ -288,8 +320,12 @@ class Server:
         self._epoll.unregister(connection.fd)
         connection.unsent.clear()
         connection.sock.close()
-        if self._until_unused and connection.transmission is not None and not self._connections:
-            self.stop()
+        if connection.export is not None:
+            connection.export.stats.clients -= 1
+            if not connection.export.stats.clients:
+                self._on_unused(connection.export)
+            if self._until_unused and not self._connections:
+                self.stop()
         self._accept(wanted=True)
 
     def _on_ready(self, connection: Connection, events: int) -> None:
@@ -316,7 +352,7 @@ class Server:
             return
         if connection.leaving and not connection.jobs and not connection.unsent:
             if transmission is None or not transmission.has_complete:
-                self._say_goodbye(connection)
+                connection.say_goodbye()
                 self._drop(connection)
             return
         interest = select.EPOLLOUT if connection.unsent else 0
@@ -325,13 +361,6 @@ class Server:
         if interest != connection.interest:
             connection.interest = interest
             self._epoll.modify(connection.fd, interest)
-
-    @staticmethod
-    def _say_goodbye(connection: Connection) -> None:
-        """The end of TLS, for a client that is still there to hear it."""
-        if connection.tls is not None:
-            with suppress(OSError):
-                connection.sock.send(connection.tls.goodbye())
 
     def _has_room(self, connection: Connection) -> bool:
         limits = self._limits
@@ -373,6 +402,8 @@ class Server:
             connection.leaving = True
             return
         connection.export = export
+        connection.heard = time.monotonic()
+        export.stats.clients += 1
         connection.transmission = ServerTransmission(
             agreed.export.size_bytes,
             writable=export.writable,
@@ -393,7 +424,10 @@ class Server:
             why = str(error)
         answer = tls.take()
         if answer:
-            self._put(connection, [answer])
+            try:
+                connection.put([answer])
+            except OSError as error:
+                self._drop(connection, str(error))
         if why and not connection.closed:
             self._drop(connection, why)
         if tls.ended:
@@ -420,6 +454,8 @@ class Server:
 
     def _receive(self, connection: Connection, transmission: ServerTransmission) -> None:
         """Take what has arrived, a few times: what came while the last batch was done saves a turn of the loop."""
+        if self._next_idle_look != math.inf:
+            connection.heard = time.monotonic()
         if connection.tls is not None:
             self._receive_secure(connection, connection.tls, transmission)
             return
@@ -444,7 +480,7 @@ class Server:
         """Do the requests that stand complete in the buffer, as far as the limits allow."""
         limits, export = self._limits, connection.export
         assert export is not None  # set together with the transmission
-        disk = export.disk
+        disk, stats, clock = export.disk, export.stats, time.perf_counter
         while not connection.closed and connection.unsent_bytes < limits.client_unsent_bytes:
             room_requests = limits.client_requests - connection.jobs
             room_bytes = limits.client_bytes - connection.jobs_bytes - connection.unsent_bytes
@@ -457,15 +493,21 @@ class Server:
                 return
             replies = batch.replies
             if batch.requests:
+                began = clock()
+                stats.took_up(batch.requests)
                 outcomes = submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
-                    if connection.pace.quick and not self._workers.busy:
+                    if connection.pace.quick and not self._pool_of(export).busy:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
                     self._defer(connection, export, batch, blocked)
+                stats.answered(len(batch.requests) - len(blocked), clock() - began)
             for query in batch.queries:
                 self._enqueue(connection, export, query)
+            if transmission.errors:
+                stats.errors += transmission.errors
+                transmission.errors = 0
             if replies:
                 self._send(connection, replies)
             if transmission.disconnecting:
@@ -474,50 +516,16 @@ class Server:
                 return
 
     def _send(self, connection: Connection, replies: list[Reply]) -> None:
-        if connection.tls is not None:
-            replies = [connection.tls.encrypt(replies)]
-        self._put(connection, replies)
-
-    def _put(self, connection: Connection, replies: list[Reply]) -> None:
-        if connection.unsent or len(replies) > _IOV_MAX:
-            connection.unsent.extend(replies)
-            connection.unsent_bytes += sum(map(len, replies))
-            self._send_more(connection)
-            return
         try:
-            sent = connection.sock.sendmsg(replies)
-        except BlockingIOError:
-            sent = 0
+            connection.send(replies)
         except OSError as error:
             self._drop(connection, str(error))
-            return
-        total_bytes = sum(map(len, replies))
-        if sent != total_bytes:
-            connection.unsent.extend(replies)
-            connection.unsent_bytes = total_bytes
-            self._sent(connection, sent)
 
     def _send_more(self, connection: Connection) -> None:
-        unsent = connection.unsent
-        while unsent:
-            some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
-            try:
-                sent = connection.sock.sendmsg(some)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._drop(connection, str(error))
-                return
-            self._sent(connection, sent)
-
-    @staticmethod
-    def _sent(connection: Connection, sent: int) -> None:
-        unsent = connection.unsent
-        connection.unsent_bytes -= sent
-        while unsent and sent >= len(unsent[0]):
-            sent -= len(unsent.popleft())
-        if sent:
-            unsent[0] = memoryview(unsent[0])[sent:]
+        try:
+            connection.send_more()
+        except OSError as error:
+            self._drop(connection, str(error))
 
     # --- the pool ---
 
@@ -563,12 +571,15 @@ class Server:
             cost_bytes = sum(request.length_bytes for request in work.requests if request.verb in _WITH_DATA)
         connection.jobs += requests
         connection.jobs_bytes += cost_bytes
-        self._workers.submit(Job(connection, export, work, requests, cost_bytes))
+        self._pool_of(export).submit(Job(connection, export, work, requests, cost_bytes))
 
     def _on_bell(self, _events: int) -> None:
         self._bell.silence()
+        while self._calls:
+            self._calls.popleft()()
         ready: dict[int, tuple[Connection, list[Reply]]] = {}
-        for job, outcomes, result, seconds in self._workers.take_done():
+        for job, outcomes, result, seconds in [done for _, pool in list(self._pools.values()) for done in pool.take_done()]:
+            job.export.stats.answered(job.requests, seconds)
             connection, transmission = job.connection, job.connection.transmission
             connection.jobs -= job.requests
             connection.jobs_bytes -= job.cost_bytes

@@ -108,7 +108,7 @@ class ServerTransmission:
     """The server's side of one connection. ``writable`` and ``flags``: of the export; ``block_bytes``: of its disk.
     ``contexts``: the ids of the metadata contexts that were selected.
 
-    ``disconnecting`` is set once the client has said goodbye; nothing is read after that.
+    ``disconnecting`` is set once the client has said goodbye; nothing is read after that. ``errors``: how many were answered.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class ServerTransmission:
     ) -> None:
         self.disconnecting = False
         self.stopping = False
+        self.errors = 0
         self._framing = FRAMINGS[style]
         self._structured = style >= Style.STRUCTURED
         self._size_bytes = size_bytes
@@ -421,6 +422,7 @@ class ServerTransmission:
             self._reply_error(out, cookie, offset, NbdErrno.EIO, "the disk gave no usable answer")
 
     def _reply_error(self, out: list[Reply], cookie: int, offset: int, error: int, text: str) -> None:
+        self.errors += 1
         out.append(self._framing.error(cookie, offset, error, text))
 
 
