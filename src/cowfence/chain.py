@@ -59,6 +59,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -79,6 +80,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -98,6 +100,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -108,13 +111,13 @@ def open_chain(
 
     ``refs``: which files may be opened because an image names them (default: those under the image's own directory).
     ``lock`` and ``force_share``: see ``storage.locks``; they hold for the backing files too. ``allow_devices``: the image may
-    be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache; backing
-    files, which others may share, go through it. ``backing=False`` opens no backing file: what the image does not hold then
-    reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
-    record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
-    (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode. ``snapshot``: the disk
-    as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``: passphrases of encrypted
-    images, asked for by the name of the file.
+    be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache;
+    ``direct_backing``: backing files, which others may share, do too. ``backing=False`` opens no backing file: what the image
+    does not hold then reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``:
+    for images that record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending
+    if we are killed (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode.
+    ``snapshot``: the disk as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``:
+    passphrases of encrypted images, asked for by the name of the file.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -140,6 +143,7 @@ def open_chain(
             lock=lock,
             force_share=force_share,
             assume_format=assume_backing_format,
+            direct=direct_backing,
             secrets=secrets,
         )
         return _open_qcow2(
@@ -182,13 +186,14 @@ def backing_format_of(header: Header, image: str, assume_format: str | None) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How the files of one chain are opened."""
+    """How the files of one chain are opened; ``direct``: backing files around the page cache."""
 
     refs: Refs
     options: Options
     lock: bool
     force_share: bool
     assume_format: str | None
+    direct: bool = False
     secrets: Secrets | None = None
     target: _Target | None = None
 
@@ -290,12 +295,16 @@ def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool
         raise Refused(place.name, f"the image has an {kind}, but does not name it")
     opened = way.refs.follow(reference, place, kind=kind, writable=writable)
     if direct:
-        try:
-            go_direct(opened.fd, opened.name)
-        except BaseException:
-            os.close(opened.fd)
-            raise
+        _go_direct(opened)
     return lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
+
+
+def _go_direct(opened: OpenFile) -> None:
+    try:
+        go_direct(opened.fd, opened.name)
+    except BaseException:
+        os.close(opened.fd)
+        raise
 
 
 def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Qcow2Disk | RawDisk:
@@ -304,6 +313,8 @@ def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) 
     if writable:
         os.close(opened.fd)
         opened = way.refs.follow(reference, place, writable=True)
+    if way.direct:
+        _go_direct(opened)
     storage = lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
     try:
         if format_name == "qcow2":
@@ -325,12 +336,13 @@ def open_backing(
     format_name: str,
     *,
     refs: Refs | None = None,
+    direct: bool = False,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open ``reference`` as what the open image at ``path`` would stand over, and what it names in turn.
 
-    ``refs``: default: trusted, because the caller names it. Raises as ``open_chain`` does.
+    ``refs``: default: trusted, because the caller names it. ``direct``: around the page cache. Raises as ``open_chain`` does.
     """
     check_format(format_name, printable(reference))
     storage = image.storage
@@ -341,6 +353,7 @@ def open_backing(
         lock=True,
         force_share=False,
         assume_format=assume_backing_format,
+        direct=direct,
         secrets=secrets,
     )
     place = Place.of_top(storage.fileno(), path, printable(os.fspath(path)))
@@ -351,11 +364,13 @@ def open_for_commit(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    direct: bool = False,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
 ) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
     """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
+    ``direct``: all of them around the page cache.
 
     The disk of the image owns all of them. Raises Invalid where there is no such backing file, and as ``open_chain`` does.
     """
@@ -370,7 +385,7 @@ def open_for_commit(
             raise Invalid(f"Did not find '{printable(os.fspath(base))}' in the backing chain of '{name}'")
         identity = (found.st_dev, found.st_ino)
     target = _Target(identity)
-    storage = FileStorage.open(path, writable=True)
+    storage = FileStorage.open(path, writable=True, direct=direct)
     try:
         way = _Way(
             refs=Refs.beside(path) if refs is None else refs,
@@ -378,10 +393,11 @@ def open_for_commit(
             lock=True,
             force_share=False,
             assume_format=assume_backing_format,
+            direct=direct,
             secrets=secrets,
             target=target,
         )
-        disk = _open_qcow2(storage, Place.of_top(storage.fileno(), path, name), way, writable=True)
+        disk = _open_qcow2(storage, Place.of_top(storage.fileno(), path, name), way, writable=True, direct=direct)
     except BaseException:
         storage.close()
         raise

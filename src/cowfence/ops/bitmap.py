@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowfence.chain import open_chain
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.qcow2.bitmaps import Bitmap
-from cowfence.qcow2.image import Options
+from cowfence.qcow2.dirty_bits import DirtyBits
+from cowfence.qcow2.image import Options, Qcow2Disk
+
+if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import Secrets
 
 
 class Verb(Enum):
@@ -51,15 +56,22 @@ def change_bitmap(
     source: str | os.PathLike[str] | None = None,
     source_format: str = "qcow2",
     refs: Refs | None = None,
+    secrets: Secrets | None = None,
 ) -> Changed:
     """Carry out the actions on the bitmap ``name``, in their order, each atomic.
 
-    ``source``: the image that MERGE takes its bitmap from (default: the same one). Raises Invalid, and what opening the images
-    raises.
+    ``source``: the image that MERGE takes its bitmap from (default: the same one). ``secrets``: of an encrypted image; without,
+    its bitmaps are changed all the same. Raises Invalid, and what opening the images raises.
     """
     options = Options(commit_interval=None)
     _only_qcow2(path, format)
-    with open_chain(path, writable=True, refs=refs, options=options, backing=False) as disk:
+    with ExitStack() as images:
+        disk = images.enter_context(open_chain(path, writable=True, refs=refs, options=options, backing=False, secrets=secrets))
+        other = disk
+        if source is not None:
+            # Before anything is changed.
+            _only_qcow2(source, source_format)
+            other = images.enter_context(open_chain(source, refs=refs, backing=False))
         for action in actions:
             bitmaps = disk.bitmaps
             try:
@@ -74,13 +86,8 @@ def change_bitmap(
                         bitmaps.enable(name)
                     case Verb.DISABLE:
                         bitmaps.disable(name)
-                    case Verb.MERGE if source is None:
-                        bitmaps.merge(name, [bitmaps.bits_of(action.source)])
                     case Verb.MERGE:
-                        _only_qcow2(source, source_format)
-                        with open_chain(source, refs=refs, backing=False) as other:
-                            bits = other.bitmaps.bits_of(action.source)
-                        bitmaps.merge(name, [bits])
+                        bitmaps.merge(name, [_bits_to_merge(disk, other, action.source)])
             except Invalid as error:
                 raise Invalid(f"Operation {action.verb.value} on bitmap {name} failed: {error}") from None
         return Changed(tuple(disk.bitmaps))
@@ -92,6 +99,14 @@ def dirty_extents(
     """The ranges (offset, length in bytes) that a bitmap has recorded. Raises Invalid, and what opening raises."""
     with open_chain(path, refs=refs, force_share=force_share, backing=False) as disk:
         return disk.bitmaps.ranges(name)
+
+
+def _bits_to_merge(disk: Qcow2Disk, source: Qcow2Disk, name: str) -> DirtyBits:
+    bits = source.bitmaps.bits_of(name)
+    if source.size != disk.size:
+        sizes = f"destination size is {disk.size}, source size is {source.size}"
+        raise Invalid(f"Bitmaps are of different sizes ({sizes}) and can't be merged")
+    return bits
 
 
 def _only_qcow2(path: str | os.PathLike[str], format: str) -> None:

@@ -52,6 +52,8 @@ def rebase(
     *,
     backing_format: str | None = None,
     unsafe: bool = False,
+    direct: bool = False,
+    direct_backing: bool = False,
     refs: Refs | None = None,
     new_refs: Refs | None = None,
     assume_backing_format: str | None = None,
@@ -60,7 +62,8 @@ def rebase(
 ) -> Rebased:
     """Put the image at ``path`` over the file that it shall call ``backing`` (None: over none, it holds all of its disk then).
 
-    ``unsafe``: only the name changes; neither file is opened. ``refs``: the policy for the old backing files, ``new_refs`` for
+    ``unsafe``: only the name changes; neither file is opened. ``direct``: the image goes around the page cache;
+    ``direct_backing``: both backing files do. ``refs``: the policy for the old backing files, ``new_refs`` for
     the new ones (default: trusted, because the caller names them). Raises as ``rebase_disk`` and ``chain.open_chain`` do.
     """
     name = printable(os.fspath(path))
@@ -73,7 +76,14 @@ def rebase(
     else:
         backing_format = None
     with open_chain(
-        path, writable=True, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets, backing=not unsafe
+        path,
+        writable=True,
+        refs=refs,
+        direct=direct,
+        direct_backing=direct_backing,
+        assume_backing_format=assume_backing_format,
+        secrets=secrets,
+        backing=not unsafe,
     ) as disk:
         if unsafe:
             disk.alter(lambda alteration: rebase_image(alteration, backing, backing_format, None, merge=False))
@@ -87,6 +97,7 @@ def rebase(
                     backing,
                     backing_format,
                     refs=new_refs,
+                    direct=direct_backing,
                     assume_backing_format=assume_backing_format,
                     secrets=secrets,
                 )
