@@ -1,12 +1,15 @@
-"""Our command lines run in one process for all tests of a worker."""
+"""Our command lines run in one process for all tests of a worker, on copies of one folder of images."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from golden.beside import Programs
+from golden.disks import make
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,15 @@ def programs() -> Iterator[Programs]:
     started = Programs()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of each sort (``disks``); nobody changes them."""
+    return make(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def folder(images: Path, tmp_path: Path) -> Path:
+    """A copy of them."""
+    return Path(shutil.copytree(images, tmp_path / "folder"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from golden.beside import SECRET, theirs
+from helpers_check import Scalpel
 from judges import run
 
 
@@ -61,6 +62,12 @@ def make(folder: Path) -> Path:
     new("data", "-o data_file=data.bin")
     written("data", "write -P 13 64k 64k")
     do("convert -c -O qcow2 base comp")
+    for name, feature in (("dirty", 1), ("corrupt", 2)):
+        new(name, "-b base -F qcow2")
+        written(name, "write -P 15 64k 64k")
+        image = Scalpel((folder / name).read_bytes())
+        image.set_features(feature)
+        (folder / name).write_bytes(image.data)
     secret = f"secret,id=k,file={folder}/key"
     options = "encrypt.format=luks,encrypt.key-secret=k,encrypt.cipher-alg=aes-128,encrypt.iter-time=10"
     run(["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, folder / "luks", "64k"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_bytes
 from cowfence.cli.secrets import add_secret_options
-from cowfence.cli.sources import add_image_opts_option, local_file, secrets_for
+from cowfence.cli.sources import add_image_opts_option, local_file, parse_source, secrets_for
 from cowfence.errors import Invalid
 
 _VERBS = ("add", "remove", "clear", "enable", "disable")
@@ -71,14 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{start:<#16x}{length:#x}")
         return 0
     _check(arguments, {action.verb.value for action in actions})
+    other = None if arguments.source_file is None else parse_source(arguments.source_file, image_opts=False)
     changed = change_bitmap(
         source.name,
         arguments.name,
         actions,
         format=source.format or "qcow2",
         granularity_bytes=arguments.granularity or None,
-        source=arguments.source_file,
-        source_format=arguments.source_format or "qcow2",
+        source=None if other is None else other.name,
+        source_format=arguments.source_format or (other and other.format) or "qcow2",
         refs=refs,
         secrets=secrets_for(source, arguments),
     )

@@ -25,7 +25,7 @@ EXIT_NO_CHECK: Final = 63
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("-f", "--format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
     parser.add_argument("-r", "--repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_progress_option(parser)
