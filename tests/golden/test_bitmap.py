@@ -92,6 +92,7 @@ bitmap --add --image-opts -f qcow2 driver=qcow2,file.filename=a new
 ~bitmap -t none --add a new
 ~bitmap -U --add a new
 ~bitmap -- --add a
+~bitmap -b a --merge b a off
 ~bitmap --add nowhere new
 ~bitmap --add raw new
 ~bitmap --add -f raw raw new

@@ -54,6 +54,7 @@ create -q -f qcow2 -b base -F qcow2 e; bitmap --add e b; >-c "write 0 96k" e; co
 create -q -f qcow2 -b base -F qcow2 e; commit e
 create -q -f qcow2 -b raw -F raw e 3M; >-c "write 2M 64k" e; commit e
 resize -q top 1100k; commit top
+resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 2M; >-c "write 990000 9k" e; commit -t none e
 create -q -f qcow2 -b dirty -F qcow2 e; >-c "write 0 64k" e; commit e
 commit dirty
 commit -f raw raw

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import cowfence
+from cowfence.nbd.server import Export
 from golden.beside import Programs, same, theirs
+from helpers_nbd import serving
 
 SCRIPTS = """
 compare a a
@@ -125,6 +128,15 @@ def test_what_begins_like_qcow2_is_never_raw(programs: Programs, folder: Path) -
     done = programs.run(["compare", "bad", "base"], folder)
     assert done.returncode == 2
     assert "qcow2 version 0" in done.stderr
+
+
+def test_a_raw_disk_behind_nbd_is_allocated_as_the_file_is(programs: Programs, folder: Path) -> None:
+    uri = f"nbd+unix:///?socket={folder}/sock"
+    with cowfence.open(folder / "raw", format="raw") as disk, serving(folder, {"": Export(disk, read_only=True)}):
+        for images in ([uri, "raw"], ["raw", uri]):
+            words = ["compare", "-s", "-f", "raw", "-F", "raw", *images]
+            ours, judge = programs.run(words, folder), theirs(words, folder)
+            assert (ours.stdout, ours.returncode) == (judge.stdout, judge.returncode), ours.stderr
 
 
 def test_long_options_are_written_out(programs: Programs, folder: Path) -> None:

@@ -65,6 +65,8 @@ rebase -b data -F qcow2 top
 create -q -f qcow2 -o extended_l2=on -b base -F qcow2 e; >-c "write 1k 5k" -c "write -z 64k 2k" e; rebase -b comp -F qcow2 e
 create -q -f qcow2 -o extended_l2=on -b base -F qcow2 e; >-c "write 1k 5k" -c "write -z 64k 2k" e; rebase -b "" e
 create -q -f qcow2 -o cluster_size=2M -b base -F qcow2 e; rebase -b top -F qcow2 e; rebase -b "" e
+resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 1M; rebase -t none -T none -b base -F qcow2 e
+resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 1M; rebase -t none -T none -b "" e
 bitmap --add upper b; rebase -b base -F qcow2 upper
 rebase -b "" dirty
 rebase -u -b top -F qcow2 dirty

@@ -306,7 +306,7 @@ class NbdDisk:
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
         if not self._has_status:
-            yield Extent(offset, end - offset, zero=False, data=True, present=True)
+            yield Extent(offset, end - offset, zero=False, data=True, present=True, host_offset=offset)
             return
         most_bytes = align_down(4 * GIB - 1, self._minimum_bytes)
         while offset < end:
@@ -319,7 +319,7 @@ class NbdDisk:
                 length_bytes = min(length_bytes, end - offset)
                 zero, hole = bool(state & State.ZERO), bool(state & State.HOLE)
                 if length_bytes:
-                    yield Extent(offset, length_bytes, zero=zero, data=not zero, present=not hole)
+                    yield Extent(offset, length_bytes, zero=zero, data=not zero, present=not hole, host_offset=offset)
                 offset += length_bytes
 
     # --- the end ---
