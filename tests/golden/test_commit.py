@@ -53,6 +53,14 @@ create -q -f qcow2 -b a -F qcow2 e; >-c "write 0 96k" e; commit e
 create -q -f qcow2 -b base -F qcow2 e; bitmap --add e b; >-c "write 0 96k" e; commit e
 create -q -f qcow2 -b base -F qcow2 e; commit e
 create -q -f qcow2 -b raw -F raw e 3M; >-c "write 2M 64k" e; commit e
+create -q -f qcow2 -b short -F qcow2 e 1M; commit e
+create -q -f qcow2 -o compat=0.10 c 512k; create -q -f qcow2 -b c -F qcow2 e 1M; >-c "write -z 0 1M" e; commit e
+create -q -f qcow2 -o extended_l2=on c 512k; create -q -f qcow2 -b c -F qcow2 e 1M; >-c "write -z 3k 6k" e; commit e
+create -q -f qcow2 -o cluster_size=512 c 512k; create -q -f qcow2 -b c -F qcow2 e 1M; >-c "write -z 3k 6k" e; commit e
+snapshot -c x base; create -q -f qcow2 -b base -F qcow2 e; >-c "write 0 1M" e; commit e; snapshot -l base
+create -q -f qcow2 -b upper -F qcow2 e; >-c "write -z 0 1M" e; commit -b base e; commit -b top e; commit e
+create -q -f qcow2 -b raw -F raw e; >-c "write -z 0 1M" e; commit e
+create -q -f qcow2 -b raw -F raw e; >-c "discard 0 64k" e; commit e
 resize -q top 1100k; commit top
 resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 2M; >-c "write 990000 9k" e; commit -t none e
 create -q -f qcow2 -b dirty -F qcow2 e; >-c "write 0 64k" e; commit e

@@ -177,6 +177,11 @@ def test_an_encrypted_image_is_as_long_as_measured(programs: Programs, tmp_path:
     assert (tmp_path / "e").stat().st_size == int(measured[6])
 
 
+def test_an_encrypted_source_needs_no_secret(programs: Programs, folder: Path) -> None:
+    done = programs.run(["measure", "-O", "qcow2", "luks"], folder)
+    assert (done.stdout.splitlines()[0], done.returncode) == ("required size: 393216", 0)
+
+
 def test_what_create_takes_measure_takes(programs: Programs, tmp_path: Path) -> None:
     for version, level in (("v2", "0.10"), ("v3", "1.1")):
         told = [

@@ -67,6 +67,13 @@ create -q -f qcow2 -o extended_l2=on -b base -F qcow2 e; >-c "write 1k 5k" -c "w
 create -q -f qcow2 -o cluster_size=2M -b base -F qcow2 e; rebase -b top -F qcow2 e; rebase -b "" e
 resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 1M; rebase -t none -T none -b base -F qcow2 e
 resize -f raw -q --shrink raw 1000000; create -q -f qcow2 -b raw -F raw e 1M; rebase -t none -T none -b "" e
+create -q -f qcow2 -o compat=0.10 -b short -F qcow2 e 1M; rebase -b base -F qcow2 e
+create -q -f qcow2 -o compat=0.10 -b base -F qcow2 e 1M; rebase -b short -F qcow2 e
+create -q -f qcow2 -o compat=0.10 -b base -F qcow2 e 1M; rebase -b "" e; rebase -b raw -F raw e
+create -q -f qcow2 -o compat=0.10 -b base -F qcow2 e 1M; >-c "write 96k 64k" e; rebase -b raw -F raw e; rebase -b "" e
+create -q -f qcow2 -b short -F qcow2 e 1M; rebase -b base -F qcow2 e
+rebase -b comp -F qcow2 long; rebase -b "" long
+create -q -f qcow2 -o preallocation=metadata e 1M; rebase -b base -F qcow2 e
 bitmap --add upper b; rebase -b base -F qcow2 upper
 rebase -b "" dirty
 rebase -u -b top -F qcow2 dirty
