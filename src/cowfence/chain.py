@@ -318,7 +318,7 @@ def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) 
     storage = lock_reference(opened, lock=way.lock, force_share=way.force_share, writable=writable)
     try:
         if format_name == "qcow2":
-            disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable)
+            disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable, direct=way.direct)
         else:
             disk = _open_plain(storage, format_name, way.secrets)
     except BaseException:

@@ -126,6 +126,15 @@ def test_nothing_is_added_where_the_source_has_no_bitmaps(programs: Programs, fo
     assert (folder / "ext").read_bytes() == before
 
 
+def test_extents_go_with_nothing_that_changes(programs: Programs, folder: Path) -> None:
+    listed = programs.run(["bitmap", "--extents", "a", "fine"], folder)
+    assert listed.stdout.splitlines()[1].split() == ["0x80000", "0x1000"]
+    for options in (["--clear"], ["-g", "4k"], ["-b", "ext"], ["-F", "qcow2"], ["-f", "raw"]):
+        done = programs.run(["bitmap", "--extents", *options, "a", "fine"], folder)
+        assert (done.stdout, done.returncode) == ("", 1)
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_an_encrypted_image_needs_no_secret(programs: Programs, folder: Path) -> None:
     assert programs.run(["bitmap", "--add", "luks", "new"], folder).returncode == 0
     assert '"name": "new"' in theirs(["info", "--output=json", "luks"], folder).stdout

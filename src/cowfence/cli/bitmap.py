@@ -59,10 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     actions = [Action(Verb(verb), source) for verb, source in arguments.actions]
     source = local_file(arguments.image, arguments)
     refs = references(arguments, source.name)
+    secrets = secrets_for(source, arguments)
     if arguments.extents:
-        if actions:
+        if actions or arguments.granularity or arguments.source_file is not None or arguments.source_format is not None:
             raise Invalid("--extents changes nothing: it cannot be combined with changes")
-        extents = dirty_extents(source.name, arguments.name, refs=refs, force_share=arguments.force_share)
+        extents = dirty_extents(
+            source.name, arguments.name, format=source.format or "qcow2", refs=refs, force_share=arguments.force_share
+        )
         if arguments.output == "json":
             print_json([{"start": start, "length": length, "dirty": True} for start, length in extents])
         else:
@@ -81,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         source=None if other is None else other.name,
         source_format=arguments.source_format or (other and other.format) or "qcow2",
         refs=refs,
-        secrets=secrets_for(source, arguments),
+        secrets=secrets,
     )
     if arguments.output == "json":
         print_json(changed.to_dict())

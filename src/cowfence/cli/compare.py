@@ -40,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         for disk in disks:
             disk.close()
         return complain(arguments, str(error), _CANNOT_OPEN)
+    shared_bytes = min(disk.size for disk in disks)
     try:
         with shown(arguments) as progress:
             found = compare(disks[0], disks[1], strict=arguments.strict, progress=progress)
     except CowfenceError as error:
         return complain(arguments, str(error), _CANNOT_READ)
     finally:
-        shared_bytes = min(disk.size for disk in disks)
         for disk in disks:
             disk.close()
     if arguments.output == "json":

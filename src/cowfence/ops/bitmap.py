@@ -94,9 +94,15 @@ def change_bitmap(
 
 
 def dirty_extents(
-    path: str | os.PathLike[str], name: str, *, refs: Refs | None = None, force_share: bool = False
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    format: str = "qcow2",
+    refs: Refs | None = None,
+    force_share: bool = False,
 ) -> list[tuple[int, int]]:
     """The ranges (offset, length in bytes) that a bitmap has recorded. Raises Invalid, and what opening raises."""
+    _only_qcow2(path, format)
     with open_chain(path, refs=refs, force_share=force_share, backing=False) as disk:
         return disk.bitmaps.ranges(name)
 
