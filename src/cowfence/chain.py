@@ -61,6 +61,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -82,6 +83,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -102,6 +104,7 @@ def open_chain(
     force_share: bool = False,
     allow_devices: bool = True,
     direct: bool = False,
+    direct_backing: bool = False,
     backing: bool = True,
     assume_backing_format: str | None = None,
     keeper: bool = False,
@@ -113,14 +116,14 @@ def open_chain(
 
     ``refs``: which files may be opened because an image names them (default: those under the image's own directory).
     ``lock`` and ``force_share``: see ``storage.locks``; they hold for the backing files too. ``allow_devices``: the image may
-    be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache; backing
-    files, which others may share, go through it. ``backing=False`` opens no backing file: what the image does not hold then
-    reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``: for images that
-    record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending if we are killed
-    (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode. ``snapshot``: the disk
-    as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``: passphrases of encrypted
-    images, asked for by the name of the file. ``rehearsal``: files are opened for reading, and what would be written is kept
-    there.
+    be a block device (for backing files ``refs`` decides). ``direct``: the image itself goes around the page cache;
+    ``direct_backing``: backing files, which others may share, do too. ``backing=False`` opens no backing file: what the image
+    does not hold then reads as zeros, which is for looking at the image, not at the guest's disk. ``assume_backing_format``:
+    for images that record none; without it they are refused. ``keeper``: a small process beside ours completes what is pending
+    if we are killed (see ``cowfence.keeper``); for a locked qcow2 image that is open for writing, and not in unsafe mode.
+    ``snapshot``: the disk as it was when this internal snapshot (by id, or else by name) was taken; for reading. ``secrets``:
+    passphrases of encrypted images, asked for by the name of the file. ``rehearsal``: files are opened for reading, and what
+    would be written is kept there.
 
     Raises NotThisFormat (the file is not what ``format`` says), Unsupported, Corrupt, Refused (the policy), Locked, ReadOnly
     (marked corrupt), Invalid (no regular file), StorageFailed. The message names the file.
@@ -152,6 +155,7 @@ def open_chain(
             lock=lock,
             force_share=force_share,
             assume_format=assume_backing_format,
+            direct=direct_backing,
             secrets=secrets,
             rehearsal=rehearsal,
         )
@@ -195,13 +199,14 @@ def backing_format_of(header: Header, image: str, assume_format: str | None) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How the files of one chain are opened."""
+    """How the files of one chain are opened; ``direct``: backing files around the page cache."""
 
     refs: Refs
     options: Options
     lock: bool
     force_share: bool
     assume_format: str | None
+    direct: bool = False
     secrets: Secrets | None = None
     target: _Target | None = None
     rehearsal: Rehearsal | None = None
@@ -312,12 +317,16 @@ def _open_data(reference: str | None, place: Place, way: _Way, *, writable: bool
         raise Refused(place.name, f"the image has an {kind}, but does not name it")
     opened = way.refs.follow(reference, place, kind=kind, writable=writable and way.rehearsal is None)
     if direct:
-        try:
-            go_direct(opened.fd, opened.name)
-        except BaseException:
-            os.close(opened.fd)
-            raise
+        _go_direct(opened)
     return way.lock_reference(opened, writable=writable)
+
+
+def _go_direct(opened: OpenFile) -> None:
+    try:
+        go_direct(opened.fd, opened.name)
+    except BaseException:
+        os.close(opened.fd)
+        raise
 
 
 def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) -> Qcow2Disk | RawDisk:
@@ -326,10 +335,12 @@ def _open_backing(reference: str, format_name: Format, place: Place, way: _Way) 
     if writable and way.rehearsal is None:
         os.close(opened.fd)
         opened = way.refs.follow(reference, place, writable=True)
+    if way.direct:
+        _go_direct(opened)
     storage = way.lock_reference(opened, writable=writable)
     try:
         if format_name == "qcow2":
-            disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable)
+            disk: Qcow2Disk | RawDisk = _open_qcow2(storage, opened.place, way, writable=writable, direct=way.direct)
         else:
             disk = _open_plain(storage, format_name, way.secrets)
     except BaseException:
@@ -347,12 +358,13 @@ def open_backing(
     format_name: str,
     *,
     refs: Refs | None = None,
+    direct: bool = False,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
 ) -> Qcow2Disk | RawDisk:
     """Open ``reference`` as what the open image at ``path`` would stand over, and what it names in turn.
 
-    ``refs``: default: trusted, because the caller names it. Raises as ``open_chain`` does.
+    ``refs``: default: trusted, because the caller names it. ``direct``: around the page cache. Raises as ``open_chain`` does.
     """
     check_format(format_name, printable(reference))
     file = image.storage.inner if isinstance(image.storage, OverlayStorage) else image.storage
@@ -363,6 +375,7 @@ def open_backing(
         lock=True,
         force_share=False,
         assume_format=assume_backing_format,
+        direct=direct,
         secrets=secrets,
     )
     place = Place.of_top(file.fileno(), path, printable(os.fspath(path)))
@@ -373,12 +386,14 @@ def open_for_commit(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    direct: bool = False,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
 ) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
     """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
+    ``direct``: all of them around the page cache.
 
     The disk of the image owns all of them. ``rehearsal``: see ``open_chain``. Raises Invalid where there is no such backing
     file, and as ``open_chain`` does.
@@ -394,7 +409,7 @@ def open_for_commit(
             raise Invalid(f"Did not find '{printable(os.fspath(base))}' in the backing chain of '{name}'")
         identity = (found.st_dev, found.st_ino)
     target = _Target(identity)
-    file = FileStorage.open(path, writable=rehearsal is None)
+    file = FileStorage.open(path, writable=rehearsal is None, direct=direct)
     storage = file if rehearsal is None else rehearsal.over(file)
     try:
         way = _Way(
@@ -403,11 +418,12 @@ def open_for_commit(
             lock=True,
             force_share=False,
             assume_format=assume_backing_format,
+            direct=direct,
             secrets=secrets,
             target=target,
             rehearsal=rehearsal,
         )
-        disk = _open_qcow2(storage, Place.of_top(file.fileno(), path, name), way, writable=True)
+        disk = _open_qcow2(storage, Place.of_top(file.fileno(), path, name), way, writable=True, direct=direct)
     except BaseException:
         storage.close()
         raise

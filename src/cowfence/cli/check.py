@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from cowfence.cli.main import EXIT_FAILED, add_output_option, complain, one_line, print_json
 from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of
+from cowfence.cli.secrets import add_secret_options
+from cowfence.cli.sources import CACHE_HELP, add_image_opts_option, goes_direct, local_file, secrets_for
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.ops.check import CheckResult, NoCheck
 
@@ -24,15 +26,16 @@ EXIT_NO_CHECK: Final = 63
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
-    parser.add_argument(
-        "-r", dest="repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired"
-    )
+    parser.add_argument("-f", "--format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("-r", "--repair", choices=("leaks", "all"), help="repair leaked clusters, or all that can be repaired")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     add_progress_option(parser)
     parser.add_argument("-U", "--force-share", action="store_true", help="check an image that another process writes to")
+    parser.add_argument("-T", dest="source_cache", metavar="CACHE", help=CACHE_HELP.format("read"))
+    add_image_opts_option(parser)
     add_dry_run_option(parser)
     add_output_option(parser)
+    add_secret_options(parser)
     parser.add_argument(
         "--explain", action="store_true", help="say what each sort of finding means, risks, and how it is repaired"
     )
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _check_many(arguments)
     outcome = _check(arguments, arguments.images[0])
     if not isinstance(outcome, CheckResult):
-        return complain(arguments, str(outcome), EXIT_NO_CHECK)
+        return complain(arguments, "This image format does not support checks", EXIT_NO_CHECK)
     _tell(outcome)
     if not arguments.quiet:
         if arguments.output == "json":
@@ -66,13 +69,18 @@ def _check(arguments: argparse.Namespace, image: str) -> CheckResult | NoCheck:
     from cowfence.ops.check import Mode, check
 
     mode = None if arguments.repair is None else Mode(arguments.repair)
+    direct = goes_direct(arguments.source_cache, "source cache")
+    source = local_file(image, arguments)
+    # No guest data is read; but what is given has to be there.
+    secrets_for(source, arguments)
     try:
         with shown(arguments) as progress:
             return check(
-                image,
-                format=arguments.format,
+                source.name,
+                format=source.format,
                 repair=mode,
                 force_share=arguments.force_share,
+                direct=direct,
                 progress=progress,
                 rehearsal=rehearsal_of(arguments),
             )
@@ -158,6 +166,7 @@ def _print_human(result: CheckResult, *, dry_run: bool) -> None:
     if result.corruptions_fixed or result.leaks_fixed:
         print(f"The following inconsistencies {'would be' if dry_run else 'were found and'} repaired:\n")
         print(f"    {result.leaks_fixed} leaked clusters\n    {result.corruptions_fixed} corruptions\n")
+        print("Double checking the fixed image now...")
     if not report.corruptions and not report.leaks:
         print("No errors were found on the image.")
     if report.corruptions:

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         for disk in disks:
             disk.close()
         return complain(arguments, str(error), _CANNOT_OPEN)
+    shared_bytes = min(disk.size for disk in disks)
     try:
         with shown(arguments) as progress:
             found = compare(disks[0], disks[1], strict=arguments.strict, progress=progress)
@@ -51,15 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         print_json(found.to_dict())
     elif not arguments.quiet:
-        for line in _lines(found):
+        for line in _lines(found, shared_bytes):
             print(line)
     return 0 if found.identical else 1
 
 
-def _lines(found: Comparison) -> list[str]:
+def _lines(found: Comparison, shared_bytes: int) -> list[str]:
+    """``shared_bytes``: the size of the shorter one."""
     if found.strict and found.sizes_differ:
         return ["Strict mode: Image size mismatch!"]
-    lines = ["Warning: Image size mismatch!"] if found.sizes_differ else []
+    alike = found.mismatch_offset is None or found.mismatch_offset >= shared_bytes
+    lines = ["Warning: Image size mismatch!"] if found.sizes_differ and alike else []
     if found.mismatch_offset is None:
         return [*lines, "Images are identical."]
     if found.status_differs:

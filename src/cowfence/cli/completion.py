@@ -13,7 +13,14 @@ _FILE_WORDS = ("FILE", "PATH", "IMAGE", "DIRECTORY")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--for", dest="for_program", choices=_PROGRAMS, default="cowfence", help="program (default: cowfence)")
+    parser.add_argument(
+        "--for",
+        dest="for_program",
+        choices=_PROGRAMS,
+        default="cowfence",
+        metavar="PROGRAM",
+        help=f"one of {', '.join(_PROGRAMS)} (default: cowfence)",
+    )
     add_output_option(parser)
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 

@@ -23,21 +23,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_output_option(parser)
     add_reference_options(parser)
     add_secret_options(parser)
-    parser.add_argument("source", nargs="?")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if (arguments.source is None) == (arguments.size is None):
-        raise Invalid("Either --size N or one filename must be specified.")
+    source = _source(arguments)
     if arguments.target_format not in ("qcow2", "raw"):
         raise Unsupported(arguments.target_format, "size measurement for this format; here are qcow2 and raw")
-    given = parse_options(arguments.options, arguments.source or "a new image")
+    given = parse_options(arguments.options, source or "a new image")
     given.take("size", arguments.size, "the size")
     options = given.create_options(arguments.target_format, partial(secret_named, arguments))
-    if arguments.source is None:
+    if source is None:
         found = measure(options)
     else:
-        disk = open_source(arguments.source, arguments, format_name=arguments.format, snapshot=arguments.snapshot)
+        disk = open_source(source, arguments, format_name=arguments.format, snapshot=arguments.snapshot)
         try:
             found = measure(options, disk)
         finally:
@@ -50,3 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
     if found.bitmaps_bytes is not None:
         print(f"bitmaps size: {found.bitmaps_bytes}")
     return 0
+
+
+def _source(arguments: argparse.Namespace) -> str | None:
+    """The name of the image to measure; None: there is a size instead. Raises Invalid, in qemu-img's words."""
+    if len(arguments.sources) > 1:
+        raise Invalid("At most one filename argument is allowed.")
+    if not arguments.sources and (arguments.image_opts or arguments.format is not None or arguments.snapshot is not None):
+        raise Invalid("--image-opts, -f, and -l require a filename argument.")
+    if not arguments.sources and arguments.size is None:
+        raise Invalid("Either --size N or one filename must be specified.")
+    if arguments.sources and arguments.size is not None:
+        raise Invalid("--size N cannot be used together with a filename.")
+    return arguments.sources[0] if arguments.sources else None

@@ -1,5 +1,5 @@
-"""Images that are only read, as qemu-img's users name them: a file, an NBD URI, a URL, ``json:{...}``, or (``--image-opts``) a
-list of ``key=value``.
+"""Images as qemu-img's users name them: a file, an NBD URI, a URL, ``json:{...}``, or (``--image-opts``) a list of
+``key=value``. What is changed in place is a file (``local_file``).
 
 The command line is the user's own word, so a protocol may stand in it; what an image itself names is the policy's business
 (``disk.opener``).
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.formats import looked_at, not_qcow2
@@ -41,9 +41,20 @@ class Source:
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """``--image-opts``, ``-T`` and ``-U``, for subcommands that read images."""
-    parser.add_argument("--image-opts", action="store_true", help="images are given as driver=...,file.filename=...")
-    parser.add_argument("-T", dest="source_cache", choices=CACHES, help=CACHE_HELP.format("read"))
+    add_image_opts_option(parser)
+    parser.add_argument("-T", dest="source_cache", metavar="CACHE", help=CACHE_HELP.format("read"))
     parser.add_argument("-U", "--force-share", action="store_true", help="read an image that another process writes to")
+
+
+def add_image_opts_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-opts", action="store_true", help="images are given as driver=...,file.filename=...")
+
+
+def goes_direct(cache: str | None, what: str = "cache") -> bool:
+    """True if the cache mode that ``-t`` or ``-T`` gives leads around the page cache. Raises Invalid for what is none."""
+    if cache not in (None, *CACHES):
+        raise Invalid(f"Invalid {what} option: {cache}")
+    return cache in ("none", "directsync")
 
 
 def parse_source(text: str, *, image_opts: bool) -> Source:
@@ -65,7 +76,9 @@ def _options(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in re.findall(r"(?:[^,]|,,)+", text):
         name, equals, value = item.replace(",,", ",").partition("=")
-        found[name if equals else "file.filename"] = value if equals else name
+        if not equals:
+            raise Invalid(f"Could not open '{text}': Cannot find device='{name}' nor node-name='{name}'")
+        found[name] = value
     return found
 
 
@@ -134,12 +147,25 @@ def secrets_for(source: Source, arguments: argparse.Namespace) -> Secrets | None
     return lambda _: [value]
 
 
+def local_file(text: str, arguments: argparse.Namespace) -> Source:
+    """The file that ``text`` names, for subcommands that change an image, or look at more than its disk.
+
+    Its format is what ``text``, or else ``-f`` says; None: nobody did. Raises Invalid, Unsupported (what is no file)."""
+    if arguments.image_opts and arguments.format is not None:
+        raise Invalid("--image-opts and --format are mutually exclusive")
+    source = parse_source(text, image_opts=arguments.image_opts)
+    if source.name.startswith(PROTOCOLS) or is_remote(source.name):
+        raise Unsupported(printable(source.name), "changing, or looking into, an image that is no file")
+    return replace(source, format=source.format or arguments.format)
+
+
 def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | None, snapshot: str | None = None) -> Disk:
     """The disk that ``text`` names, for reading. ``format_name``: that of ``-f``. Raises Invalid, Unsupported, and as
     ``chain.open_chain`` and the NBD client do."""
     image_opts = getattr(arguments, "image_opts", False)
     if image_opts and format_name is not None:
         raise Invalid("--image-opts and --format are mutually exclusive")
+    direct = goes_direct(getattr(arguments, "source_cache", None), "source cache")
     source = parse_source(text, image_opts=image_opts)
     if source.name.startswith(PROTOCOLS):
         return _open_nbd(source, format_name, snapshot)
@@ -159,9 +185,25 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         force_share=getattr(arguments, "force_share", False),
         assume_backing_format=arguments.assume_backing_format,
         secrets=secrets_for(source, arguments),
-        snapshot=snapshot,
-        direct=getattr(arguments, "source_cache", None) in ("none", "directsync"),
+        snapshot=None if snapshot is None else _snapshot(snapshot, source.name, arguments),
+        direct=direct,
     )
+
+
+def _snapshot(text: str, image: str, arguments: argparse.Namespace) -> str:
+    """The id, or else the name, that ``-l`` gives, also as ``snapshot.id=ID,snapshot.name=NAME``. Raises Invalid."""
+    if not text.startswith("snapshot."):
+        return text
+    from cowfence.ops.snapshot import list_snapshots
+
+    wanted = _options(text)
+    unknown = next((name for name in wanted if name not in ("snapshot.id", "snapshot.name")), None)
+    if unknown is not None:
+        raise Invalid(f"Invalid parameter '{unknown}'")
+    for found in list_snapshots(image, force_share=getattr(arguments, "force_share", False)):
+        if {"snapshot.id": found.id, "snapshot.name": found.name}.items() >= wanted.items():
+            return found.id
+    raise Invalid(f"{printable(image)}: there is no snapshot {text!a}")
 
 
 def _open_remote(source: Source, arguments: argparse.Namespace, format_name: str | None, snapshot: str | None) -> Disk:

@@ -251,17 +251,32 @@ class NewLuks:
     def mode(self) -> str:
         return f"{self.chaining}-{self.vectors}" + (f":{self.vectors_hash}" if self.vectors_hash is not None else "")
 
+    @property
+    def key_bytes(self) -> int:
+        return self.key_bits // 8 * (2 if self.chaining == "xts" else 1)
+
+    @property
+    def slot_sectors(self) -> int:
+        """From the material of one key slot to that of the next."""
+        return align_up(self.key_bytes * STRIPES, _MATERIAL_ALIGNMENT * SECTOR_BYTES) // SECTOR_BYTES
+
+    @property
+    def payload_sector(self) -> int:
+        """Where the data begins: behind the header and the material of all slots."""
+        return _MATERIAL_ALIGNMENT + SLOTS * self.slot_sectors
+
 
 def create(wanted: NewLuks, passphrase: bytes) -> tuple[bytes, bytes]:
     """Header and key material, slot 0 of which the passphrase opens, and the key. Raises CodecError for what cannot be."""
-    key = os.urandom(wanted.key_bits // 8 * (2 if wanted.chaining == "xts" else 1))
-    slot_sectors = -(-len(key) * STRIPES // SECTOR_BYTES // _MATERIAL_ALIGNMENT) * _MATERIAL_ALIGNMENT
-    slots = tuple(KeySlot(False, 0, bytes(_SALT_BYTES), _MATERIAL_ALIGNMENT + number * slot_sectors) for number in range(SLOTS))
+    key = os.urandom(wanted.key_bytes)
+    slots = tuple(
+        KeySlot(False, 0, bytes(_SALT_BYTES), _MATERIAL_ALIGNMENT + number * wanted.slot_sectors) for number in range(SLOTS)
+    )
     header = LuksHeader(
         wanted.cipher,
         wanted.mode,
         wanted.hash_name,
-        _MATERIAL_ALIGNMENT + SLOTS * slot_sectors,
+        wanted.payload_sector,
         len(key),
         bytes(_DIGEST_BYTES),
         os.urandom(_SALT_BYTES),

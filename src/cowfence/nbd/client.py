@@ -385,11 +385,11 @@ class NbdDisk:
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
         if BASE_ALLOCATION not in self._context_ids:
-            yield Extent(offset, end - offset, zero=False, data=True, present=True)
+            yield Extent(offset, end - offset, zero=False, data=True, present=True, host_offset=offset)
             return
         for start, length_bytes, state in self._status(BASE_ALLOCATION, offset, end):
             zero, hole = bool(state & State.ZERO), bool(state & State.HOLE)
-            yield Extent(start, length_bytes, zero=zero, data=not zero, present=not hole)
+            yield Extent(start, length_bytes, zero=zero, data=not zero, present=not hole, host_offset=start)
 
     def status(self, context: str, offset: int, length_bytes: int) -> Iterator[tuple[int, int, int]]:
         """What a metadata context says about a range: (offset, length in bytes, state), in order and without gaps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,9 +13,11 @@ from cowfence.chain import open_chain
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.qcow2.bitmaps import Bitmap
-from cowfence.qcow2.image import Options
+from cowfence.qcow2.dirty_bits import DirtyBits
+from cowfence.qcow2.image import Options, Qcow2Disk
 
 if TYPE_CHECKING:
+    from cowfence.qcow2.encryption import Secrets
     from cowfence.storage.rehearsal import Rehearsal
 
 
@@ -54,16 +57,25 @@ def change_bitmap(
     source: str | os.PathLike[str] | None = None,
     source_format: str = "qcow2",
     refs: Refs | None = None,
+    secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
 ) -> Changed:
     """Carry out the actions on the bitmap ``name``, in their order, each atomic.
 
-    ``source``: the image that MERGE takes its bitmap from (default: the same one). ``rehearsal``: nothing is written. Raises
-    Invalid, and what opening the images raises.
+    ``source``: the image that MERGE takes its bitmap from (default: the same one). ``secrets``: of an encrypted image; without,
+    its bitmaps are changed all the same. ``rehearsal``: nothing is written. Raises Invalid, and what opening the images raises.
     """
     options = Options(commit_interval=None)
     _only_qcow2(path, format)
-    with open_chain(path, writable=True, refs=refs, options=options, backing=False, rehearsal=rehearsal) as disk:
+    with ExitStack() as images:
+        disk = images.enter_context(
+            open_chain(path, writable=True, refs=refs, options=options, backing=False, secrets=secrets, rehearsal=rehearsal)
+        )
+        other = disk
+        if source is not None:
+            # Before anything is changed.
+            _only_qcow2(source, source_format)
+            other = images.enter_context(open_chain(source, refs=refs, backing=False))
         for action in actions:
             bitmaps = disk.bitmaps
             try:
@@ -78,24 +90,33 @@ def change_bitmap(
                         bitmaps.enable(name)
                     case Verb.DISABLE:
                         bitmaps.disable(name)
-                    case Verb.MERGE if source is None:
-                        bitmaps.merge(name, [bitmaps.bits_of(action.source)])
                     case Verb.MERGE:
-                        _only_qcow2(source, source_format)
-                        with open_chain(source, refs=refs, backing=False) as other:
-                            bits = other.bitmaps.bits_of(action.source)
-                        bitmaps.merge(name, [bits])
+                        bitmaps.merge(name, [_bits_to_merge(disk, other, action.source)])
             except Invalid as error:
                 raise Invalid(f"Operation {action.verb.value} on bitmap {name} failed: {error}") from None
         return Changed(tuple(disk.bitmaps))
 
 
 def dirty_extents(
-    path: str | os.PathLike[str], name: str, *, refs: Refs | None = None, force_share: bool = False
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    format: str = "qcow2",
+    refs: Refs | None = None,
+    force_share: bool = False,
 ) -> list[tuple[int, int]]:
     """The ranges (offset, length in bytes) that a bitmap has recorded. Raises Invalid, and what opening raises."""
+    _only_qcow2(path, format)
     with open_chain(path, refs=refs, force_share=force_share, backing=False) as disk:
         return disk.bitmaps.ranges(name)
+
+
+def _bits_to_merge(disk: Qcow2Disk, source: Qcow2Disk, name: str) -> DirtyBits:
+    bits = source.bitmaps.bits_of(name)
+    if source.size != disk.size:
+        sizes = f"destination size is {disk.size}, source size is {source.size}"
+        raise Invalid(f"Bitmaps are of different sizes ({sizes}) and can't be merged")
+    return bits
 
 
 def _only_qcow2(path: str | os.PathLike[str], format: str) -> None:

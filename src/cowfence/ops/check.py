@@ -61,25 +61,27 @@ class CheckResult:
         return EXIT_LEAKS if self.report.leaks else EXIT_CLEAN
 
     def to_dict(self, *, explained: bool = False) -> dict[str, JsonValue]:
-        """As ``qemu-img check --output=json`` names it; but for ``check-errors``, a number that is 0 is left out.
+        """As ``qemu-img check --output=json`` names and orders it; but for ``check-errors``, a number that is 0 is left out.
 
         ``findings`` is ours, and left out where there are none. ``explained``: each in plain words, too.
         """
         report = self.report
         found: dict[str, JsonValue] = {
             "image-end-offset": report.image_end_bytes,
+            "compressed-clusters": report.compressed_clusters,
             "total-clusters": report.total_clusters,
             "corruptions": report.corruptions,
-            "leaks": report.leaks,
             "corruptions-fixed": self.corruptions_fixed,
+            # An internal error raises.
+            "check-errors": 0,
+            "leaks": report.leaks,
             "leaks-fixed": self.leaks_fixed,
             "allocated-clusters": report.allocated_clusters,
+            "filename": self.filename,
+            "format": self.format,
             "fragmented-clusters": report.fragmented_clusters,
-            "compressed-clusters": report.compressed_clusters,
         }
-        found = {key: value for key, value in found.items() if value}
-        # An internal error raises.
-        found |= {"check-errors": 0, "filename": self.filename, "format": self.format}
+        found = {key: value for key, value in found.items() if value or key == "check-errors"}
         if self.findings:
             found["findings"] = [_finding_dict(finding, explained) for finding in self.findings]
         return found
@@ -109,17 +111,18 @@ def check(
     repair: Mode | None = None,
     lock: bool = True,
     force_share: bool = False,
+    direct: bool = False,
     progress: Progress | None = None,
     rehearsal: Rehearsal | None = None,
 ) -> CheckResult:
-    """Check the image at ``path``. ``format``: None looks at the file. ``progress`` is told the fraction that is done, 0 to 1.
-    ``rehearsal``: what a repair would write is kept there.
+    """Check the image at ``path``. ``format``: None looks at the file. ``direct``: around the page cache. ``progress`` is told
+    the fraction that is done, 0 to 1. ``rehearsal``: what a repair would write is kept there.
 
     Raises NoCheck for what is no qcow2 image (unless ``format`` says that it is: then NotThisFormat), Corrupt and Unsupported
     for a header that cannot be used, Locked, Invalid, StorageFailed.
     """
     writable = repair is not None and rehearsal is None
-    storage: Storage = FileStorage.open(path, writable=writable, lock=lock, force_share=force_share)
+    storage: Storage = FileStorage.open(path, writable=writable, direct=direct, lock=lock, force_share=force_share)
     if rehearsal is not None:
         storage = rehearsal.over(storage)
     try:

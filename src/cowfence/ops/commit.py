@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cowfence.chain import open_for_commit
+from cowfence.ops.pace import Pace
 from cowfence.ops.resize import resize_disk
 from cowfence.qcow2.commit import Progress
 from cowfence.qcow2.commit import commit as commit_image
@@ -32,15 +33,28 @@ class Committed:
         return {"filename": self.path, "base-virtual-size": self.base_size_bytes, "emptied": self.emptied}
 
 
-def commit_disk(disk: Qcow2Disk, base: Qcow2Disk | RawDisk, *, keep: bool = False, progress: Progress | None = None) -> None:
+def commit_disk(
+    disk: Qcow2Disk,
+    base: Qcow2Disk | RawDisk,
+    *,
+    keep: bool = False,
+    rate_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write what an open disk holds into ``base``, which is open for writing and below it; then, unless ``keep``, empty it.
+    ``rate_bytes``: at most so many a second are written.
 
     Whoever uses the disk waits meanwhile and sees no difference. ``keep`` where others stand between it and the base. Raises
     Unsupported (internal snapshots), ReadOnly, NoSpace, Corrupt, StorageFailed; then the disk is what it was.
     """
     disk.alter(
         lambda alteration: commit_image(
-            alteration, base, lambda size_bytes: resize_disk(base, size_bytes), keep=keep, progress=progress
+            alteration,
+            base,
+            lambda size_bytes: resize_disk(base, size_bytes),
+            keep=keep,
+            progress=progress,
+            pace=Pace(rate_bytes).wait,
         )
     )
 
@@ -50,6 +64,8 @@ def commit(
     *,
     base: str | os.PathLike[str] | None = None,
     keep: bool = False,
+    direct: bool = False,
+    rate_bytes: int | None = None,
     refs: Refs | None = None,
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
@@ -57,14 +73,20 @@ def commit(
     rehearsal: Rehearsal | None = None,
 ) -> Committed:
     """Commit the qcow2 image at ``path`` into its backing file, or into ``base``, a file further below (and keep it then).
+    ``direct``: around the page cache. ``rehearsal``: nothing is written to the files.
 
-    ``rehearsal``: nothing is written to the files. Raises Invalid where there is none, and as ``commit_disk`` and
-    ``chain.open_chain`` do.
+    Raises Invalid where there is none, and as ``commit_disk`` and ``chain.open_chain`` do.
     """
     disk, below = open_for_commit(
-        path, base=base, refs=refs, assume_backing_format=assume_backing_format, secrets=secrets, rehearsal=rehearsal
+        path,
+        base=base,
+        direct=direct,
+        refs=refs,
+        assume_backing_format=assume_backing_format,
+        secrets=secrets,
+        rehearsal=rehearsal,
     )
     with disk:
         keep = keep or base is not None
-        commit_disk(disk, below, keep=keep, progress=progress)
+        commit_disk(disk, below, keep=keep, rate_bytes=rate_bytes, progress=progress)
         return Committed(os.fspath(path), below.size, not keep)

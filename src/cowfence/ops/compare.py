@@ -90,8 +90,9 @@ def _rest(extent: Extent, start: int, following: Iterator[Extent]) -> Extent:
     return next(following) if extent.end == start else extent._replace(start=start, length_bytes=extent.end - start)
 
 
-def _status(extent: Extent) -> tuple[bool, bool, bool]:
-    return extent.zero, extent.data, extent.present
+def _status(extent: Extent) -> tuple[bool, bool, bool, bool]:
+    """With a place in the file: what is compressed has none, nor has what is not allocated, but a hole of a raw file has."""
+    return extent.zero, extent.data, extent.present, extent.host_offset is not None
 
 
 def _difference(first: Disk, second: Disk, one: Extent, other: Extent) -> int | None:

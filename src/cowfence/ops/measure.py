@@ -20,8 +20,6 @@ from cowfence.qcow2.image import Qcow2Disk
 from cowfence.units import SECTOR_BYTES, align_up, div_up
 
 _MAX_SIZE_BYTES: Final = (1 << 63) - 1
-_LUKS_BYTES: Final = 4040 * SECTOR_BYTES
-"""Header and key material of a key of 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +55,16 @@ def measure(options: CreateOptions, source: Disk | None = None) -> Measured:
     geometry = geometry_of(wanted)
     if geometry.l1_entries_for(size_bytes) * 8 > MAX_L1_BYTES:
         raise Invalid("The image size is too large (try using a larger cluster size)")
-    luks_bytes = align_up(_LUKS_BYTES, geometry.cluster_bytes) if options.encryption is not None else 0
     whole = align_up(size_bytes, geometry.cluster_bytes)
-    metadata = _metadata_bytes(geometry, whole) + luks_bytes
-    if source is None or options.preallocation in ("falloc", "full"):
-        data = whole if options.preallocation in ("falloc", "full") else 0
+    metadata = _metadata_bytes(geometry, whole)
+    if options.encryption is not None:
+        metadata += align_up(options.encryption.payload_sector * SECTOR_BYTES, geometry.cluster_bytes)
+    # What the new image would share with its backing file nobody has looked at.
+    if options.preallocation in ("falloc", "full") or (source is not None and options.backing is not None):
+        data = whole
     else:
-        data = _data_bytes(source.extents(0, source.size), geometry.cluster_bytes)
-    bitmaps = _bitmaps_bytes(source, geometry) if isinstance(source, Qcow2Disk) else None
-    return Measured(metadata + data, metadata + whole, bitmaps)
+        data = 0 if source is None else _data_bytes(source.extents(0, source.size), geometry.cluster_bytes)
+    return Measured(metadata + data, metadata + whole, _bitmaps_bytes(source, geometry))
 
 
 def _metadata_bytes(geometry: Geometry, whole: int) -> int:
@@ -98,7 +97,10 @@ def _data_bytes(extents: Iterable[Extent], cluster_bytes: int) -> int:
     return clusters * cluster_bytes
 
 
-def _bitmaps_bytes(source: Qcow2Disk, geometry: Geometry) -> int:
+def _bitmaps_bytes(source: Disk | None, geometry: Geometry) -> int | None:
+    """None where the source, or the new image, cannot have any."""
+    if not isinstance(source, Qcow2Disk) or 2 in (source.header.version, geometry.version):
+        return None
     total = directory = 0
     for bitmap in source.bitmaps:
         bits = div_up(source.size, bitmap.granularity_bytes)

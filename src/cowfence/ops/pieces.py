@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from cowfence.codec import Effort
 from cowfence.disk.base import Disk
 from cowfence.errors import CowfenceError
 from cowfence.extents import Extent
+from cowfence.ops.pace import Pace
 from cowfence.units import KIB, MIB
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -199,9 +199,7 @@ class Work:
         self._turn = threading.Condition()
         self._next = 0
         self._failed = False
-        self._paced = threading.Lock()
-        self._due = time.monotonic()
-        """When the next bytes may be written, where the rate is limited."""
+        self._pace = Pace(how.rate_bytes)
         self.data_bytes = 0
 
     def run(self, sink: Sink) -> None:
@@ -227,17 +225,6 @@ class Work:
         sink.finish(self._supply.size_bytes)
         if self._progress is not None:
             self._progress(self._supply.size_bytes, self._supply.size_bytes)
-
-    def _pace(self, length_bytes: int) -> None:
-        """Wait until so many bytes more may be written."""
-        rate = self._how.rate_bytes
-        if not rate:
-            return
-        with self._paced:
-            now = time.monotonic()
-            begin = max(now, self._due)
-            self._due = begin + length_bytes / rate
-        time.sleep(begin - now)
 
     def _some_ended(self, under_way: set[Future[tuple[int, int]]]) -> set[Future[tuple[int, int]]]:
         done, left = wait(under_way, return_when=FIRST_COMPLETED)
@@ -270,7 +257,7 @@ class Work:
                     raise _Stopped
                 write = sink.place(prepared)
                 if sink.serial:
-                    self._pace(prepared.data_bytes)
+                    self._pace.wait(prepared.data_bytes)
                     write()
             except BaseException:
                 self._failed = True
@@ -282,7 +269,7 @@ class Work:
         else:
             write = sink.place(prepared)
         if not sink.serial:
-            self._pace(prepared.data_bytes)
+            self._pace.wait(prepared.data_bytes)
             write()
         return sum(length for _, length in prepared.runs) + len(prepared.streams) * sink.unit_bytes, start + length_bytes
 

@@ -53,6 +53,8 @@ def rebase(
     *,
     backing_format: str | None = None,
     unsafe: bool = False,
+    direct: bool = False,
+    direct_backing: bool = False,
     refs: Refs | None = None,
     new_refs: Refs | None = None,
     assume_backing_format: str | None = None,
@@ -62,7 +64,8 @@ def rebase(
 ) -> Rebased:
     """Put the image at ``path`` over the file that it shall call ``backing`` (None: over none, it holds all of its disk then).
 
-    ``unsafe``: only the name changes; neither file is opened. ``refs``: the policy for the old backing files, ``new_refs`` for
+    ``unsafe``: only the name changes; neither file is opened. ``direct``: the image goes around the page cache;
+    ``direct_backing``: both backing files do. ``refs``: the policy for the old backing files, ``new_refs`` for
     the new ones (default: trusted, because the caller names them). ``rehearsal``: nothing is written to them. Raises as
     ``rebase_disk`` and ``chain.open_chain`` do.
     """
@@ -79,6 +82,8 @@ def rebase(
         path,
         writable=True,
         refs=refs,
+        direct=direct,
+        direct_backing=direct_backing,
         assume_backing_format=assume_backing_format,
         secrets=secrets,
         backing=not unsafe,
@@ -96,6 +101,7 @@ def rebase(
                     backing,
                     backing_format,
                     refs=new_refs,
+                    direct=direct_backing,
                     assume_backing_format=assume_backing_format,
                     secrets=secrets,
                 )

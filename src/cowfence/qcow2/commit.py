@@ -40,9 +40,10 @@ def commit(
     *,
     keep: bool = False,
     progress: Progress | None = None,
+    pace: Callable[[int], None] | None = None,
 ) -> None:
     """Write what the image holds into ``base``, a disk open for writing somewhere below it, and, unless ``keep``, empty the
-    image. ``grow``: gives the base another size.
+    image. ``grow``: gives the base another size. ``pace``: told how many bytes are written next; it may wait.
 
     With a base that is not the first backing file, ``keep``: those between would show through. Raises Unsupported (internal
     snapshots), NoSpace and what reading and writing raise; then the disk is what it was.
@@ -61,7 +62,10 @@ def commit(
             base.zero(extent.start, extent.length_bytes)
         else:
             for at in range(extent.start, extent.end, _PIECE_BYTES):
-                base.write(at, alteration.read(at, min(_PIECE_BYTES, extent.end - at)))
+                length_bytes = min(_PIECE_BYTES, extent.end - at)
+                if pace is not None:
+                    pace(length_bytes)
+                base.write(at, alteration.read(at, length_bytes))
         if progress is not None:
             progress(extent.end / size)
     # Durable, before the image lets go of anything.

@@ -200,7 +200,8 @@ def new_snapshot(
     """A snapshot of the disk alone, without the state of a machine, as an entry of the table. Raises Invalid (the name)."""
     stored_name, stored_id = check_name(name), snapshot_id.encode("utf-8", "surrogateescape")
     seconds, nanoseconds = divmod(date_nanoseconds, 10**9)
-    extra = struct.pack(">QQQ", 0, disk_size_bytes, _ICOUNT_DISABLED)
+    # No machine ran: qemu-img counts no instructions then, and says 0.
+    extra = struct.pack(">QQQ", 0, disk_size_bytes, 0)
     fixed = _ENTRY.pack(
         l1_offset, l1_entries, len(stored_id), len(stored_name), seconds & 0xFFFF_FFFF, nanoseconds, 0, 0, len(extra)
     )
@@ -214,7 +215,7 @@ def new_snapshot(
         vm_clock_nanoseconds=0,
         vm_state_bytes=0,
         disk_size_bytes=disk_size_bytes,
-        icount=None,
+        icount=0,
         extra=extra,
         stored=fixed + extra + stored_id + stored_name,
     )
