@@ -391,12 +391,13 @@ def open_for_commit(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
+    options: Options | None = None,
 ) -> tuple[Qcow2Disk, Qcow2Disk | RawDisk]:
     """Open the qcow2 image at ``path`` and its backing files, one of them for writing, too: the first, or the file ``base``.
     ``direct``: all of them around the page cache.
 
-    The disk of the image owns all of them. ``rehearsal``: see ``open_chain``. Raises Invalid where there is no such backing
-    file, and as ``open_chain`` does.
+    The disk of the image owns all of them. ``rehearsal``, ``options``: see ``open_chain``. Raises Invalid where there is no
+    such backing file, and as ``open_chain`` does.
     """
     name = printable(os.fspath(path))
     identity: Identity | None = None
@@ -414,7 +415,7 @@ def open_for_commit(
     try:
         way = _Way(
             refs=Refs.beside(path) if refs is None else refs,
-            options=Options(commit_interval=None),
+            options=options or Options(commit_interval=None),
             lock=True,
             force_share=False,
             assume_format=assume_backing_format,

@@ -48,7 +48,20 @@ compact leaking
 """.strip().splitlines()
 # What bench -w times is the writing itself.
 CRASH = tuple(f"crash {name}" for name in ("explore", "replay", "record", "judge"))
-NEVER_CHANGE = ("compare", "completion", "crash", "diff", "explain", "info", "inspect", "map", "measure", "serve", "bench")
+NEVER_CHANGE = (
+    "ctl",
+    "compare",
+    "completion",
+    "crash",
+    "diff",
+    "explain",
+    "info",
+    "inspect",
+    "map",
+    "measure",
+    "serve",
+    "bench",
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, str]] = {
     "convert": "convert a disk into a new image",
     "crash": "judge what a crash can leave of an image",
     "create": "create an image",
+    "ctl": "ask or change what is being served",
     "dd": "copy a range of a disk into a new image",
     "diff": "show where two images, or two states of one, differ",
     "explain": "say what an offset of an image is, and what leads to it",
@@ -51,7 +52,7 @@ COMMANDS: Final[dict[str, str]] = {
 }
 """Name and one line of help of each subcommand; a ``-`` in the name is a ``_`` in the module's."""
 
-_WITH_SUBCOMMANDS: Final = ("crash",)
+_WITH_SUBCOMMANDS: Final = ("crash", "ctl")
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141

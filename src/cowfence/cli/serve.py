@@ -1,68 +1,116 @@
-"""``cowfence serve``: serve one disk over NBD until SIGTERM or Ctrl-C, then commit everything and leave. If it is killed, its
-keeper (``cowfence.keeper``) completes what is pending.
+"""``cowfence serve``: serve disks over NBD until SIGTERM or Ctrl-C, then commit everything and leave. If it is killed, the
+keepers of its images (``cowfence.keeper``) complete what is pending.
 
 One line on standard output, the NBD URI, says that it listens. Without ``--socket`` it listens at the loopback address only:
-NBD here has neither encryption nor passwords, so that any other address needs ``--insecure``.
+any other address needs TLS, or ``--insecure``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
-import signal
 import socket
+from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final
 
-import cowfence
-from cowfence.cli.main import add_output_option, add_reference_options, references, size_bytes
+from cowfence.cli.main import add_output_option, add_reference_options, size_bytes
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.errors import Invalid, StorageFailed
-from cowfence.nbd.export import Export
 from cowfence.nbd.messages import DEFAULT_PORT
-from cowfence.nbd.server import Server
-from cowfence.units import MIB
+from cowfence.nbd.server import Limits
+from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, read_config
+from cowfence.service.exports import CACHE_BYTES, CACHES, COMMIT_SECONDS, DETECT_ZEROES, ExportSpec
 
-_LOOPBACK = "127.0.0.1"
-_DEFAULT_CACHE_BYTES = 32 * MIB
-_DEFAULT_INTERVAL_SECONDS = 5.0
+if TYPE_CHECKING:
+    from cowfence.service.service import Service
+
+_LOOPBACK: Final = "127.0.0.1"
+_NAME_MAX_BYTES: Final = 4096
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--format", choices=("qcow2", "raw", "luks"), default="qcow2", help="format (default: qcow2)")
-    parser.add_argument("-k", "--socket", metavar="PATH", help="listen at this Unix socket instead of TCP")
-    parser.add_argument("-b", "--bind", metavar="HOST", help=f"address to listen at (default: {_LOOPBACK})")
-    parser.add_argument("-p", "--port", type=_port, help=f"TCP port, 0 for any (default: {DEFAULT_PORT})")
-    parser.add_argument("--insecure", action="store_true", help="allow an address that other hosts can reach")
-    parser.add_argument("-x", "--name", "--export-name", default="", metavar="EXPORT", help="name of the export")
-    parser.add_argument("-r", "--read-only", action="store_true", help="refuse writes; the image is not changed")
-    parser.add_argument(
-        "--cache",
-        choices=("writeback", "writethrough", "unsafe"),
-        default="writeback",
-        help="writes are durable at the client's flush (default), at once, or at no certain time",
+    parser.add_argument("--config", metavar="FILE", help="many exports, and all else, from a TOML file; SIGHUP reads it again")
+    where = parser.add_argument_group("where, and for whom")
+    where.add_argument("-k", "--socket", metavar="PATH", help="listen at this Unix socket instead of TCP")
+    where.add_argument("-b", "--bind", metavar="HOST", help=f"address to listen at (default: {_LOOPBACK})")
+    where.add_argument("-p", "--port", type=_port, help=f"TCP port, 0 for any (default: {DEFAULT_PORT})")
+    where.add_argument("--insecure", action="store_true", help="allow an address that other hosts can reach without TLS")
+    where.add_argument(
+        "--tls", metavar="DIR", help="TLS, with the certificate in DIR (server-cert.pem, server-key.pem, ca-cert.pem)"
     )
-    parser.add_argument("--cache-size", type=size_bytes, metavar="SIZE", help="of tables in memory (default: 32M)")
-    parser.add_argument(
+    where.add_argument("--tls-offered", action="store_true", help="clients may do without TLS (default: they need it)")
+    where.add_argument("--no-verify-clients", action="store_true", help="clients need no certificate")
+    where.add_argument(
+        "--client", dest="clients", action="append", metavar="NAME", help="only certificates of this name may come in"
+    )
+    where.add_argument("--clients-at-once", type=_count, metavar="N", help="(default: 100)")
+    where.add_argument("--idle-timeout", type=_seconds, metavar="SECONDS", help="send idle clients away (default: never)")
+    image = parser.add_argument_group("exports")
+    image.add_argument("-f", "--format", choices=("qcow2", "raw", "luks"), default="qcow2", help="format (default: qcow2)")
+    image.add_argument(
+        "-x", "--name", "--export-name", metavar="EXPORT", help="name (default: empty; of several images, their names)"
+    )
+    image.add_argument("-D", "--description", metavar="TEXT", default="", help="of the export")
+    image.add_argument("-r", "--read-only", action="store_true", help="refuse writes; the image is not changed")
+    image.add_argument("--temporary", action="store_true", help="what is written is thrown away at the end")
+    image.add_argument("-l", "--load-snapshot", metavar="SNAPSHOT", help="export this internal snapshot, read-only")
+    image.add_argument("--snapshots", action="store_true", help="export each internal snapshot, too, as EXPORT@SNAPSHOT")
+    image.add_argument("-o", "--offset", type=size_bytes, default=0, metavar="SIZE", help="where the export begins in the disk")
+    image.add_argument("-A", "--allocation-depth", action="store_true", help="tell which layer a range comes from")
+    image.add_argument(
+        "-B", "--bitmap", dest="bitmaps", action="append", default=[], metavar="NAME", help="tell what it recorded"
+    )
+    image.add_argument("--backup", metavar="EXPORT", help="export the disk as it is now, too, while it goes on being written")
+    image.add_argument(
+        "--commit-into-backing", action="store_true", help="let 'cowfence ctl commit' write into the backing file"
+    )
+    image.add_argument(
+        "--cache",
+        choices=tuple(CACHES),
+        default="writeback",
+        help="when writes are durable, and around the page cache or through it, in QEMU's words (default: writeback)",
+    )
+    image.add_argument("--discard", choices=("unmap", "ignore"), default="unmap", help="what guests discard (default: unmap)")
+    image.add_argument(
+        "--detect-zeroes", choices=DETECT_ZEROES, default="off", help="writes of zeros become zeroing (default: off)"
+    )
+    image.add_argument("--cache-size", type=size_bytes, metavar="SIZE", help="of tables in memory (default: 32M)")
+    image.add_argument(
         "--commit-interval", type=_seconds, metavar="SECONDS", help="commit an idle client's writes after (default: 5)"
     )
-    parser.add_argument(
+    image.add_argument(
         "-U", "--force-share", action="store_true", help="read an image that another process writes to; needs --read-only"
     )
-    parser.add_argument(
+    image.add_argument(
         "--no-keeper",
         action="store_true",
         help="start no helper process; if the server is killed, what clients wrote since their last flush may be lost",
     )
+    process = parser.add_argument_group("process")
+    process.add_argument("--fork", action="store_true", help="return when the server is ready")
+    process.add_argument("--pid-file", metavar="PATH", help="write the number of the process there")
+    process.add_argument("--until-unused", action="store_true", help="end when the last client has left")
+    process.add_argument("--control", metavar="PATH", help="a socket for 'cowfence ctl'")
+    process.add_argument("--metrics", metavar="HOST:PORT", help="answer /metrics (Prometheus) and /healthz there")
+    process.add_argument("--log", choices=("text", "json"), help="tell about connections on standard error")
     add_reference_options(parser)
     add_output_option(parser)
     add_secret_options(parser)
-    parser.add_argument("image")
+    parser.add_argument("images", nargs="*", metavar="image")
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port: 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to 100000")
     return int(text)
 
 
@@ -77,45 +125,168 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _check(arguments)
-    disk = _open(arguments)
-    try:
-        server = Server({arguments.name: Export(disk, read_only=arguments.read_only)})
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: server.stop())
-        if arguments.socket is not None:
-            server.listen_unix(arguments.socket)
-        else:
-            port = DEFAULT_PORT if arguments.port is None else arguments.port
-            server.listen_tcp(arguments.bind or _LOOPBACK, port)
-        _announce(arguments, server.uri(arguments.name))
-        server.serve_forever()
-    finally:
-        disk.close()
+    from cowfence.service.process import Background, PidFile, activated_sockets
+    from cowfence.service.service import Service
+
+    config = _config(arguments)
+    _check(config.server, [plan.spec for plan in config.exports])
+    sockets = activated_sockets()
+    if sockets and (config.server.socket, config.server.bind, config.server.port) != (None, None, None):
+        raise Invalid("socket activation excludes a socket, an address and a port of our own")
+    if arguments.log is not None:
+        _log_to_stderr(as_json=arguments.log == "json")
+    background = Background() if arguments.fork else None
+    pid_file = PidFile(arguments.pid_file)
+    path = arguments.config
+    service = Service(
+        config,
+        secrets=secrets_of(arguments),
+        again=None if path is None else lambda: read_config(path),
+        until_unused=arguments.until_unused,
+    )
+    with service:
+        if arguments.backup is not None:
+            service.begin_backup_of_only(arguments.backup)
+        _listen(service, config.server, sockets)
+
+        def ready() -> None:
+            pid_file.write()
+            _announce(arguments, service, config.exports[0].spec.name)
+            if background is not None:
+                background.ready()
+
+        try:
+            service.run(ready)
+        finally:
+            service.close()
+            pid_file.remove()
     return 0
 
 
-def _announce(arguments: argparse.Namespace, uri: str) -> None:
+def _listen(service: Service, settings: ServerSettings, sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        service.server.listen_on(sock)
+    if settings.socket is not None:
+        service.server.listen_unix(settings.socket)
+    elif not sockets:
+        service.server.listen_tcp(settings.bind or _LOOPBACK, DEFAULT_PORT if settings.port is None else settings.port)
+
+
+def _announce(arguments: argparse.Namespace, service: Service, name: str) -> None:
+    uri = service.server.uri(name)
     if arguments.output == "json":
         # On one line: who waits for it reads lines.
-        print(json.dumps({"uri": uri, "export": arguments.name, "pid": os.getpid()}), flush=True)
-    else:
+        print(json.dumps({"uri": uri, "export": name, "pid": os.getpid()}), flush=True)
+    elif not arguments.fork:
         print(uri, flush=True)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """What the options must not say together. Raises Invalid."""
-    if arguments.socket is not None and (arguments.bind is not None or arguments.port is not None):
-        raise Invalid("--socket excludes --bind and --port")
-    if arguments.force_share and not arguments.read_only:
-        raise Invalid("--force-share needs --read-only")
-    if arguments.bind is not None and not arguments.insecure and not _is_loopback(arguments.bind):
-        raise Invalid(
-            f"{arguments.bind} can be reached from other hosts, and anyone there could read and write the disk; "
-            "add --insecure to serve it nevertheless"
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {
+                "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "message": record.getMessage(),
+            }
         )
-    if len(arguments.name.encode("utf-8", "surrogateescape")) > 4096:
-        raise Invalid("an export's name has at most 4096 bytes")
+
+
+def _log_to_stderr(*, as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if as_json else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _config(arguments: argparse.Namespace) -> ServiceConfig:
+    """What the file says, or else the options. Raises Invalid."""
+    if arguments.config is not None:
+        given = [name for name, default in _DEFAULTS.items() if getattr(arguments, name) != default]
+        if given:
+            raise Invalid(f"--config says all; {given[0].replace('_', '-')} has to stand in the file")
+        return read_config(arguments.config)
+    if not arguments.images:
+        raise Invalid("an image, or --config FILE, is needed")
+    if len(arguments.images) > 1 and (arguments.name is not None or arguments.backup is not None):
+        raise Invalid("--name and --backup are for one image; use --config")
+    names = [arguments.name or ""] if len(arguments.images) == 1 else list(map(os.path.basename, arguments.images))
+    if len(set(names)) < len(names):
+        raise Invalid("two images of the same name; use --config")
+    limits = Limits(
+        connections=arguments.clients_at_once or Limits().connections,
+        idle_seconds=arguments.idle_timeout,
+    )
+    server = ServerSettings(
+        socket=arguments.socket,
+        bind=arguments.bind,
+        port=arguments.port,
+        insecure=arguments.insecure,
+        tls=arguments.tls,
+        tls_offered=arguments.tls_offered,
+        verify_clients=not arguments.no_verify_clients,
+        control=arguments.control,
+        metrics=arguments.metrics,
+        limits=limits,
+    )
+    return ServiceConfig(server, tuple(_plan(arguments, *pair) for pair in zip(arguments.images, names, strict=True)))
+
+
+def _plan(arguments: argparse.Namespace, image: str, name: str) -> ExportPlan:
+    spec = ExportSpec(
+        path=image,
+        name=name,
+        format=arguments.format,
+        read_only=arguments.read_only or arguments.load_snapshot is not None,
+        description=arguments.description,
+        cache=arguments.cache,
+        discard=arguments.discard == "unmap",
+        detect_zeroes=arguments.detect_zeroes,
+        snapshot=arguments.load_snapshot,
+        temporary=arguments.temporary,
+        offset=arguments.offset,
+        bitmaps=tuple(arguments.bitmaps),
+        allocation_depth=arguments.allocation_depth,
+        clients=None if arguments.clients is None else frozenset(arguments.clients),
+        force_share=arguments.force_share,
+        assume_backing_format=arguments.assume_backing_format,
+        keeper=not arguments.no_keeper,
+        cache_bytes=arguments.cache_size or CACHE_BYTES,
+        commit_interval=arguments.commit_interval or COMMIT_SECONDS,
+        into_backing=arguments.commit_into_backing,
+        snapshots=arguments.snapshots,
+    )
+    return ExportPlan(spec, tuple(arguments.ref_root), arguments.untrusted)
+
+
+def _defaults() -> dict[str, object]:
+    parser = argparse.ArgumentParser(add_help=False)
+    configure(parser)
+    allowed = ("config", "fork", "pid_file", "until_unused", "log", "output", "secrets")
+    return {name: value for name, value in vars(parser.parse_args([])).items() if name not in allowed}
+
+
+_DEFAULTS: Final = _defaults()
+
+
+def _check(settings: ServerSettings, specs: Sequence[ExportSpec]) -> None:
+    """What must not be said together. Raises Invalid."""
+    if settings.socket is not None and (settings.bind is not None or settings.port is not None):
+        raise Invalid("--socket excludes --bind and --port")
+    if settings.tls is None and (settings.tls_offered or not settings.verify_clients):
+        raise Invalid("TLS is not offered without a certificate (--tls)")
+    if settings.tls is None and any(spec.clients is not None for spec in specs):
+        raise Invalid("clients are known by their certificates, which need TLS (--tls)")
+    if any(spec.force_share and spec.writes for spec in specs):
+        raise Invalid("--force-share needs --read-only")
+    open_to_all = settings.tls is None or settings.tls_offered
+    if settings.bind is not None and open_to_all and not settings.insecure and not _is_loopback(settings.bind):
+        raise Invalid(
+            f"{settings.bind} can be reached from other hosts, and anyone there could read and write the disk; "
+            "add --tls DIR, or --insecure to serve it nevertheless"
+        )
+    if any(len(spec.name.encode("utf-8", "surrogateescape")) > _NAME_MAX_BYTES for spec in specs):
+        raise Invalid(f"an export's name has at most {_NAME_MAX_BYTES} bytes")
 
 
 def _is_loopback(host: str) -> bool:
@@ -125,21 +296,3 @@ def _is_loopback(host: str) -> bool:
         cause = error if isinstance(error, OSError) else OSError(0, "no host name")
         raise StorageFailed(host, "look up", 0, cause) from error
     return all(ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
-
-
-def _open(arguments: argparse.Namespace) -> cowfence.Qcow2Disk | cowfence.RawDisk:
-    image: str = arguments.image
-    format_name: str = arguments.format
-    return cowfence.open(
-        image,
-        writable=not arguments.read_only,
-        format=format_name,
-        refs=references(arguments, image),
-        cache_bytes=_DEFAULT_CACHE_BYTES if arguments.cache_size is None else arguments.cache_size,
-        mode=arguments.cache,
-        commit_interval=_DEFAULT_INTERVAL_SECONDS if arguments.commit_interval is None else arguments.commit_interval,
-        force_share=arguments.force_share,
-        assume_backing_format=arguments.assume_backing_format,
-        keeper=not (arguments.no_keeper or arguments.read_only or arguments.cache == "unsafe" or format_name != "qcow2"),
-        secret=secrets_of(arguments),
-    )

@@ -177,6 +177,14 @@ class Server:
         finally:
             self.close()
 
+    def drain(self) -> None:
+        """No new clients; stop when the last one has left. In the serving thread (``call``)."""
+        self._accept(wanted=False)
+        self._close_listeners()
+        self._until_unused = True
+        if not self._connections:
+            self.stop()
+
     def stop(self) -> None:
         """Ask ``serve_forever`` to end. From any thread or signal handler; may be called again, and before it begins."""
         self._stop_wanted = True

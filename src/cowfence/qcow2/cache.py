@@ -21,6 +21,8 @@ class TableCache(Generic[T]):
     def __init__(self, limit: int) -> None:
         self.limit = max(1, limit)
         self.tables: dict[int, T] = {}
+        self.loads = 0
+        """How many tables were put into it: what it did not have."""
         """Hot paths read this directly."""
 
     def get(self, index: int) -> T | None:
@@ -52,6 +54,7 @@ class TableCache(Generic[T]):
         return False
 
     def put(self, table: T) -> None:
+        self.loads += 1
         self.tables[table.index] = table
 
     def forget(self, index: int) -> None:

@@ -157,6 +157,19 @@ class Qcow2Disk:
         """How many fences this disk has made since it was opened (not counting the one at open)."""
         return self._committer.fences
 
+    def statistics(self) -> dict[str, int]:
+        """What this disk has done since it was opened: ``fences``, ``commits`` and ``joined-commits`` (callers who shared one),
+        ``table-loads``; and what it holds: ``tables-in-memory``, ``leaks-pending-clusters`` (freed, not yet available)."""
+        state, committer = self._state, self._committer
+        return {
+            "fences": committer.fences,
+            "commits": committer.commits,
+            "joined-commits": committer.joined,
+            "table-loads": state.l2.loads,
+            "tables-in-memory": len(state.l2.tables),
+            "leaks-pending-clusters": self._reclaimer.waiting_clusters,
+        }
+
     def info(self) -> ImageInfo:
         """The image, described (see ``qcow2.describe``): as its file is now, without what is pending."""
         self._check()

@@ -32,6 +32,11 @@ class ClusterReclaimer:
         self._quarantine: deque[tuple[int, list[int], list[int]]] = deque()
         """(mark of the tickets, clusters, those of them to punch), oldest first."""
 
+    @property
+    def waiting_clusters(self) -> int:
+        """Freed, and not available yet: a crash now would leak them."""
+        return sum(len(clusters) for _, clusters, _ in list(self._quarantine))
+
     def reclaim(self, freed: list[Freed]) -> None:
         """Take one reference from every cluster named. Never fails: what cannot be counted down is leaked."""
         if freed:

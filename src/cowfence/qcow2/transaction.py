@@ -307,6 +307,8 @@ class Committer:
         self.broken: ReadOnly | None = None
         """Set when a fence failed: what the kernel still holds may never reach the disk, so nothing more is written."""
         self.fences = 0
+        self.joined = 0
+        """Callers whose commit another one's was (group commit)."""
 
     def commit(self) -> None:
         """Everything done before this call is durable when it returns. Raises what failed; see ``Pending.take_back``.
@@ -318,6 +320,7 @@ class Committer:
             while self._running:
                 self._turn.wait()
                 if self._finished >= wanted:
+                    self.joined += 1
                     return
             self._running = True
             self._started += 1
@@ -347,6 +350,11 @@ class Committer:
             with self._lock:
                 self._running = False
                 self._turn.notify_all()
+
+    @property
+    def commits(self) -> int:
+        """How many have ended well."""
+        return self._finished
 
     def wait_until_idle(self) -> None:
         """Under the lock: until no commit is under way."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 import cowfence
+from cowfence.disk.careful import KeepDiscarded, WriteThrough
 from cowfence.disk.detect import DetectZeroes
 from cowfence.disk.opener import printable
 from cowfence.disk.window import WindowDisk
@@ -41,7 +42,9 @@ class ExportSpec:
     ``cache``: of ``CACHES``. ``snapshot``: the disk as it was when this internal snapshot was taken. ``temporary``: what is
     written goes into an overlay and is forgotten. ``offset``: where the export begins in the disk. ``bitmaps``: those that
     clients may ask about. ``clients``: names of certificates that may use it; None: anybody. ``keeper``: a process that
-    completes what is pending if this one is killed. ``cache_bytes``: of tables in memory.
+    completes what is pending if this one is killed. ``cache_bytes``: of tables in memory. ``into_backing``: the
+    backing file is opened for writing, too, so that the image can be committed into it; without a keeper.
+    ``snapshots``: each internal snapshot that is there is exported too, as ``NAME@SNAPSHOT``.
     """
 
     path: str
@@ -63,6 +66,8 @@ class ExportSpec:
     keeper: bool = False
     cache_bytes: int = CACHE_BYTES
     commit_interval: float | None = COMMIT_SECONDS
+    into_backing: bool = False
+    snapshots: bool = False
 
     @property
     def writes(self) -> bool:
@@ -77,12 +82,16 @@ class OpenedExport:
         """Raises Invalid for what does not go together, and as ``cowfence.open`` does."""
         _check(spec)
         self.spec = spec
+        self.base: cowfence.Qcow2Disk | cowfence.RawDisk | None = None
         self._files = ExitStack()
         try:
             image = self._open(spec, refs, secrets)
             disk: Disk = image
             self._files.callback(lambda: disk.close())
             bitmaps = _bitmaps(spec, image)
+            if spec.format != "qcow2" and not spec.temporary:
+                disk = KeepDiscarded(disk) if not spec.discard else disk
+                disk = WriteThrough(disk) if CACHES[spec.cache][1] == "writethrough" else disk
             if spec.offset:
                 if spec.offset >= disk.size:
                     raise Invalid(f"{printable(spec.path)}: the disk ends before the offset {spec.offset}")
@@ -111,6 +120,8 @@ class OpenedExport:
             self._files.callback(overlay.close)
             path, format_name, refs = overlay.path, "qcow2", overlay.refs
         direct, mode = CACHES[spec.cache]
+        if spec.into_backing:
+            return self._open_for_commit(spec, refs, secrets)
         common = {
             "writable": spec.writes or spec.temporary,
             "format": format_name,
@@ -133,6 +144,26 @@ class OpenedExport:
             snapshot=spec.snapshot,
         )
 
+    def _open_for_commit(self, spec: ExportSpec, refs: Refs | None, secrets: Secrets | None) -> cowfence.Qcow2Disk:
+        from cowfence.chain import open_for_commit
+        from cowfence.qcow2.image import CacheMode, Options
+
+        direct, mode = CACHES[spec.cache]
+        disk, self.base = open_for_commit(
+            spec.path,
+            direct=direct,
+            refs=refs,
+            assume_backing_format=spec.assume_backing_format,
+            secrets=secrets,
+            options=Options(
+                cache_bytes=spec.cache_bytes,
+                mode=CacheMode(mode),
+                commit_interval=spec.commit_interval,
+                discards=spec.discard,
+            ),
+        )
+        return disk
+
     def close(self) -> None:
         """Commit everything, and close the image. Raises what that raises."""
         self._files.close()
@@ -148,8 +179,13 @@ def _check(spec: ExportSpec) -> None:
         raise Invalid("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     if spec.snapshot is not None and spec.temporary:
         raise Invalid(f"{name}: a temporary image over an internal snapshot")
+    if spec.into_backing and (spec.format != "qcow2" or not spec.writes):
+        raise Invalid(f"{name}: only a qcow2 image that is written to can be committed into its backing file")
     if spec.force_share and spec.writes:
         raise Invalid(f"{name}: an image that another process writes to can only be exported read-only")
+    only_qcow2 = spec.cache == "unsafe" or spec.cache_bytes != CACHE_BYTES or spec.commit_interval != COMMIT_SECONDS
+    if spec.format != "qcow2" and not spec.temporary and only_qcow2:
+        raise Invalid(f"{name}: cache unsafe, a size of tables in memory and a commit interval are for qcow2 images")
     if spec.format != "qcow2" and (spec.bitmaps or spec.snapshot is not None):
         raise Invalid(f"{name}: a {spec.format} image has neither bitmaps nor internal snapshots")
 

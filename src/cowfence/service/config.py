@@ -1,0 +1,229 @@
+"""The configuration of a server that serves many exports: a TOML file, every word of which has to be known.
+
+[server]                      # where, for whom, how much
+socket = "/run/disks.sock"
+tls = "/etc/pki/disks"
+control = "/run/disks.control"
+
+[[export]]                    # as often as needed
+name = "mail"
+image = "mail.qcow2"          # relative names: to the directory of the file
+bitmaps = ["daily"]
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from cowfence.errors import Invalid, StorageFailed
+from cowfence.nbd.server import Limits
+from cowfence.service.exports import CACHE_BYTES, CACHES, COMMIT_SECONDS, DETECT_ZEROES, ExportSpec
+from cowfence.units import parse_size
+
+FORMATS: Final = ("qcow2", "raw", "luks")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Where a server listens (``socket``, or ``bind`` and ``port``), and for whom.
+
+    ``insecure``: an address that others can reach, without TLS. ``tls``: the directory of its certificate; ``tls_offered``:
+    clients may do without; ``verify_clients``: they show a certificate. ``control``: the path of the socket for ``cowfence
+    ctl``; ``metrics``: HOST:PORT for whoever watches.
+    """
+
+    socket: str | None = None
+    bind: str | None = None
+    port: int | None = None
+    insecure: bool = False
+    tls: str | None = None
+    tls_offered: bool = False
+    verify_clients: bool = True
+    control: str | None = None
+    metrics: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """An export, and the policy for what its image names. ``roots``: see ``Refs.under``; ``secret_file``: holds a
+    passphrase."""
+
+    spec: ExportSpec
+    roots: tuple[str, ...] = ()
+    untrusted: bool = False
+    secret_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """All of it."""
+
+    server: ServerSettings
+    exports: tuple[ExportPlan, ...]
+
+
+def read_config(path: str) -> ServiceConfig:
+    """The configuration in a file. Raises Invalid, which names the word that is wrong, and StorageFailed."""
+    try:
+        with open(path, "rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise StorageFailed(path, "open", 0, error) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Invalid(f"{path}: {error}") from None
+    base = os.path.dirname(os.path.abspath(path))
+    try:
+        return _config(found, base)
+    except Invalid as error:
+        raise Invalid(f"{path}: {error}") from None
+
+
+def _config(found: dict[str, Any], base: str) -> ServiceConfig:
+    unknown = sorted(found.keys() - {"server", "export"})
+    if unknown:
+        raise Invalid(f"unknown table {unknown[0]!a}; there are [server] and [[export]]")
+    server, exports = found.get("server", {}), found.get("export", [])
+    if not isinstance(server, dict) or not isinstance(exports, list) or not all(isinstance(one, dict) for one in exports):
+        raise Invalid("[server] is a table, and [[export]] an array of tables")
+    plans = tuple(_plan(one, base) for one in exports)
+    if not plans:
+        raise Invalid("there is no [[export]]")
+    names = [plan.spec.name for plan in plans]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Invalid(f"two exports with the name {twice!a}")
+    return ServiceConfig(_settings(server, base), plans)
+
+
+def _settings(found: Mapping[str, Any], base: str) -> ServerSettings:
+    words = _Words(found, "[server]", base)
+    limits = Limits()
+    limits = replace(
+        limits,
+        connections=words.number("clients", limits.connections, least=1),
+        client_requests=words.number("client-requests", limits.client_requests, least=1),
+        client_bytes=words.size("client-bytes", limits.client_bytes),
+        handshake_seconds=words.seconds("handshake-seconds", limits.handshake_seconds) or limits.handshake_seconds,
+        idle_seconds=words.seconds("idle-seconds", None),
+    )
+    settings = ServerSettings(
+        socket=words.path("socket"),
+        bind=words.text("bind"),
+        port=words.number("port", -1, least=0) if "port" in found else None,
+        insecure=words.flag("insecure"),
+        tls=words.path("tls"),
+        tls_offered=words.flag("tls-offered"),
+        verify_clients=words.flag("verify-clients", default=True),
+        control=words.path("control"),
+        metrics=words.text("metrics"),
+        limits=limits,
+    )
+    words.end()
+    return settings
+
+
+def _plan(found: Mapping[str, Any], base: str) -> ExportPlan:
+    words = _Words(found, f"[[export]] {found.get('name', found.get('image', ''))!a}", base)
+    image = words.path("image")
+    if image is None:
+        raise Invalid(f"{words.where}: image is missing")
+    clients = words.texts("clients")
+    spec = ExportSpec(
+        path=image,
+        name=words.text("name") or "",
+        format=words.choice("format", FORMATS, "qcow2"),
+        read_only=words.flag("read-only"),
+        description=words.text("description") or "",
+        cache=words.choice("cache", tuple(CACHES), "writeback"),
+        discard=words.flag("discard", default=True),
+        detect_zeroes=words.choice("detect-zeroes", DETECT_ZEROES, "off"),
+        snapshot=words.text("snapshot"),
+        temporary=words.flag("temporary"),
+        offset=words.size("offset", 0),
+        bitmaps=words.texts("bitmaps") or (),
+        allocation_depth=words.flag("allocation-depth"),
+        clients=None if clients is None else frozenset(clients),
+        assume_backing_format=words.choice("assume-backing-format", FORMATS, "") or None,
+        keeper=words.flag("keeper", default=True),
+        cache_bytes=words.size("cache-size", CACHE_BYTES),
+        commit_interval=words.seconds("commit-seconds", COMMIT_SECONDS),
+        into_backing=words.flag("commit-into-backing"),
+        snapshots=words.flag("snapshots"),
+    )
+    plan = ExportPlan(spec, words.paths("roots"), words.flag("untrusted"), words.path("secret-file"))
+    words.end()
+    return plan
+
+
+class _Words:
+    """The words of a table, taken one by one; ``end`` refuses what is left."""
+
+    def __init__(self, found: Mapping[str, Any], where: str, base: str) -> None:
+        self._left = dict(found)
+        self.where = where
+        self._base = base
+
+    def _take(self, name: str, kinds: type | tuple[type, ...], what: str) -> Any:
+        value = self._left.pop(name, None)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
+            raise Invalid(f"{self.where}: {name} is {what}")
+        return value
+
+    def text(self, name: str) -> str | None:
+        found: str | None = self._take(name, str, "a string")
+        return found
+
+    def path(self, name: str) -> str | None:
+        found = self.text(name)
+        return None if found is None else os.path.join(self._base, found)
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
+        found = self.text(name)
+        if found is not None and found not in choices:
+            raise Invalid(f"{self.where}: {name} is one of {', '.join(choices)}")
+        return default if found is None else found
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        found = self._take(name, bool, "true or false")
+        return default if found is None else bool(found)
+
+    def number(self, name: str, default: int, *, least: int) -> int:
+        found = self._take(name, int, "a number")
+        if found is not None and found < least:
+            raise Invalid(f"{self.where}: {name} is at least {least}")
+        return default if found is None else int(found)
+
+    def seconds(self, name: str, default: float | None) -> float | None:
+        found = self._take(name, (int, float), "a number of seconds")
+        if found is not None and not 0 < found < 1e9:
+            raise Invalid(f"{self.where}: {name} is a number of seconds greater than 0")
+        return default if found is None else float(found)
+
+    def size(self, name: str, default: int) -> int:
+        found = self._take(name, (int, str), 'a number of bytes, or such as "64M"')
+        if found is None:
+            return default
+        try:
+            return parse_size(str(found))
+        except ValueError as error:
+            raise Invalid(f"{self.where}: {name}: {error}") from None
+
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        found = self._take(name, list, "a list of strings")
+        if found is None:
+            return None
+        if not all(isinstance(one, str) for one in found):
+            raise Invalid(f"{self.where}: {name} is a list of strings")
+        return tuple(found)
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        return tuple(os.path.join(self._base, one) for one in self.texts(name) or ())
+
+    def end(self) -> None:
+        if self._left:
+            raise Invalid(f"{self.where}: unknown word {sorted(self._left)[0]!a}")

@@ -1,0 +1,290 @@
+"""A server with all that belongs to it: exports that come and go, a control socket, and somebody who watches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+import cowfence
+from cowfence.disk.opener import Refs
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.nbd.server import Server
+from cowfence.service.backup import Backup, Moment
+from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
+from cowfence.service.control import ControlServer
+from cowfence.service.exports import OpenedExport
+from cowfence.service.registry import Registry, Served
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from cowfence.qcow2.encryption import Secrets
+    from cowfence.service.metrics import MetricsServer
+
+_log = logging.getLogger(__name__)
+
+
+def moment_name(export: str, snapshot: str) -> str:
+    """Under which a snapshot of an export's image is exported."""
+    return f"{export}@{snapshot}"
+
+
+def policy_of(plan: ExportPlan) -> Refs:
+    """By which the files are opened that the image of an export names."""
+    if plan.untrusted:
+        return Refs.none()
+    if plan.roots:
+        return Refs.under(os.path.dirname(os.path.abspath(plan.spec.path)), *plan.roots)
+    return Refs.beside(plan.spec.path)
+
+
+class Service:
+    """Opens everything that ``config`` says, but does not listen yet. ``secrets``: of images for which the configuration names
+    no file; ``again``: reads the configuration again.
+
+    Raises as ``OpenedExport``, ``nbd.tls`` and ``ControlServer`` do; then all is closed again.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        *,
+        secrets: Secrets | None = None,
+        again: Callable[[], ServiceConfig] | None = None,
+        until_unused: bool = False,
+    ) -> None:
+        self._settings = config.server
+        self._secrets = secrets
+        self._again = again
+        self._plans: dict[str, ExportPlan] = {}
+        self._changing = threading.Lock()
+        self._began = time.monotonic()
+        self.registry = Registry()
+        self._files = ExitStack()
+        try:
+            self._files.callback(self.registry.close)
+            for plan in config.exports:
+                self._add(plan)
+            self.server = Server(
+                self.registry,
+                limits=config.server.limits,
+                tls=_tls(config.server),
+                tls_required=not config.server.tls_offered,
+                until_unused=until_unused,
+                on_unused=self.registry.unused,
+            )
+            self._files.callback(self.server.close)
+            self._control, self._metrics = self._begin_control(), self._begin_metrics()
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _begin_control(self) -> ControlServer | None:
+        if self._settings.control is None:
+            return None
+        from cowfence.service.live import LiveCommands
+
+        control = ControlServer(self._settings.control, LiveCommands(self).commands)
+        self._files.callback(control.close)
+        return control
+
+    def _begin_metrics(self) -> MetricsServer | None:
+        if self._settings.metrics is None:
+            return None
+        from cowfence.service.metrics import MetricsServer
+
+        metrics = MetricsServer(self._settings.metrics, self.registry)
+        self._files.callback(metrics.close)
+        return metrics
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Listen where the settings say (or where ``server`` listens already), call ``ready``, and serve until a signal or a
+        command ends it. Then everything is committed and closed. Raises what that raises, and as ``Server.listen_`` does."""
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda _number, _frame: self.server.stop())
+            signal.signal(signal.SIGHUP, lambda _number, _frame: self._on_hangup())
+            for helper in (self._control, self._metrics):
+                if helper is not None:
+                    helper.start()
+            ready()
+            self.server.serve_forever()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Commit and close everything. May be called again. Raises what that raises."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _on_hangup(self) -> None:
+        if self._again is None:
+            self.server.stop()
+        else:
+            # Opening images is no business of a signal handler, nor of the thread that serves.
+            threading.Thread(target=self._reload_and_tell, name="reload").start()
+
+    def _reload_and_tell(self) -> None:
+        try:
+            _log.info("the configuration was read again: %s", self.reload())
+        except CowfenceError as error:
+            _log.error("the configuration is as before: %s", error)
+
+    # --- exports ---
+
+    def _add(self, plan: ExportPlan) -> None:
+        secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
+        opened = OpenedExport(plan.spec, refs=policy_of(plan), secrets=secrets)
+        try:
+            self.registry.add(plan.spec.name, opened)
+        except BaseException:
+            opened.close()
+            raise
+        self._plans[plan.spec.name] = plan
+        if plan.spec.snapshots and isinstance(opened.image, cowfence.Qcow2Disk):
+            for snapshot in opened.image.snapshots():
+                moment = Moment(
+                    opened.image,
+                    plan.spec.path,
+                    snapshot,
+                    refs=policy_of(plan),
+                    secrets=secrets,
+                    assume_backing_format=plan.spec.assume_backing_format,
+                    clients=plan.spec.clients,
+                )
+                self.registry.add(moment_name(plan.spec.name, snapshot.name), moment)
+
+    def remove(self, name: str) -> Served:
+        """No new client finds the export; it is closed once the last one has left. Raises Invalid where there is none."""
+        done = threading.Event()
+        found: list[Served | CowfenceError] = []
+
+        def remove() -> None:
+            try:
+                found.append(self.registry.remove(name))
+            except CowfenceError as error:
+                found.append(error)
+            done.set()
+
+        self.server.call(remove)
+        done.wait()
+        if isinstance(found[0], CowfenceError):
+            raise found[0]
+        return found[0]
+
+    def reload(self) -> dict[str, list[str]]:
+        """Read the configuration again: exports that are new in it are opened, those that it has no more are closed when their
+        last client has left. One that is described otherwise now is both, where it has no clients; else it stays as it is.
+
+        Returns the names: ``added``, ``removed``, ``in-use``. Raises Invalid where there is no configuration, or it is wrong;
+        then all is as it was. Where an image cannot be opened, the others are still brought up to date.
+        """
+        if self._again is None:
+            raise Invalid("the server has no configuration file")
+        with self._changing:
+            wanted = {plan.spec.name: plan for plan in self._again().exports}
+            changed = [name for name, plan in self._plans.items() if name in wanted and wanted[name] != plan]
+            in_use = [name for name in changed if self.registry[name].stats.clients]
+            gone = [name for name in self._plans if name not in wanted]
+            replaced = [name for name in changed if name not in in_use]
+            for name in [*gone, *replaced]:
+                for moment in [other for other in self.registry if other.startswith(moment_name(name, ""))]:
+                    self.registry.wait_until_closed(self.remove(moment))
+                left = self.remove(name)
+                del self._plans[name]
+                if name in replaced:
+                    self.registry.wait_until_closed(left)
+            new = [name for name in wanted if name not in self._plans]
+            failed: CowfenceError | None = None
+            for name in new:
+                try:
+                    self._add(wanted[name])
+                except CowfenceError as error:
+                    failed = failed or error
+            if failed is not None:
+                raise failed
+            return {"added": new, "removed": [*gone, *replaced], "in-use": in_use}
+
+    def begin_backup(
+        self, name: str, of: str, opened: OpenedExport, *, bitmap: str | None = None, next_bitmap: str | None = None
+    ) -> None:
+        """Export ``of`` as it is now, under ``name``. Raises as ``Backup`` does, and Invalid where the name is taken."""
+        with self._changing:
+            if name in self.registry:
+                raise Invalid(f"there is an export {name!a} already")
+            plan = self._plans[of]
+            secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
+            backup = Backup(
+                name,
+                opened.image,
+                plan.spec.path,
+                refs=policy_of(plan),
+                secrets=secrets,
+                assume_backing_format=plan.spec.assume_backing_format,
+                bitmap=bitmap,
+                next_bitmap=next_bitmap,
+                clients=plan.spec.clients,
+            )
+            self.registry.add(name, backup)
+
+    def begin_backup_of_only(self, name: str) -> None:
+        """The same of the only export."""
+        of = self.only_name()
+        served = self.registry.served(of)
+        assert isinstance(served, OpenedExport)  # since it has a plan
+        self.begin_backup(name, of, served)
+
+    def only_name(self) -> str:
+        """Of the export that is not a backup, where there is just one. Raises Invalid where one has to be named."""
+        if len(self._plans) != 1:
+            raise Invalid(f"which export? there are {', '.join(map(repr, self._plans))}")
+        return next(iter(self._plans))
+
+    def drain(self) -> None:
+        """No new clients; the server ends when the last one has left. From any thread."""
+        self.server.call(self.server.drain)
+
+    def status(self) -> dict[str, object]:
+        """What is served, and what was asked of it."""
+        exports: dict[str, object] = {}
+        for name in self.registry:
+            served = self.registry.served(name)
+            image = served.image if isinstance(served, OpenedExport) else None
+            exports[name] = {
+                "image": served.spec.path if isinstance(served, OpenedExport) else None,
+                "virtual-size": served.export.disk.size,
+                "writable": served.export.writable,
+                **served.export.stats.to_dict(),
+                **(image.statistics() if isinstance(image, cowfence.Qcow2Disk) else {}),
+            }
+        return {"pid": os.getpid(), "uptime-seconds": round(time.monotonic() - self._began, 3), "exports": exports}
+
+
+def _tls(settings: ServerSettings) -> SSLContext | None:
+    if settings.tls is None:
+        return None
+    from cowfence.nbd.tls import server_context
+
+    return server_context(settings.tls, verify_peer=settings.verify_clients)
+
+
+def _of_file(path: str) -> Secrets:
+    from cowfence.errors import from_os_error
+
+    try:
+        with open(path, "rb") as file:
+            value = file.read()
+    except OSError as error:
+        raise from_os_error(path, "open", 0, error) from error
+    return lambda _: [value]
