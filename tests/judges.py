@@ -42,8 +42,8 @@ def require(name: str) -> str:
 
 
 # QEMU times its key derivation by the CPU clock of its thread, and gives up when that did not move between two readings.
-_NOT_ITS_FAULT = "Unable to get accurate CPU usage"
-_TRIES = 60
+NOT_ITS_FAULT = "Unable to get accurate CPU usage"
+TRIES = 60
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a judge, named as in ``DEBIAN_PACKAGES``, in the C locale. With ``check`` an exit code but 0 fails the test."""
     command = [require(str(argv[0])), *(str(argument) for argument in argv[1:])]
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         result = subprocess.run(
             command,
             check=False,
@@ -61,7 +61,7 @@ def run(
             timeout=timeout_seconds,
             env={**os.environ, "LC_ALL": "C"},
         )
-        if result.returncode == 0 or _NOT_ITS_FAULT not in result.stderr:
+        if result.returncode == 0 or NOT_ITS_FAULT not in result.stderr:
             break
     if check and result.returncode != 0:
         pytest.fail(f"{' '.join(map(str, argv))}: exit code {result.returncode}\n{result.stdout}{result.stderr}")

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, overload
 from cowfence.disk.base import Disk
 from cowfence.disk.opener import Identity, OpenFile, Place, Refs, printable
 from cowfence.disk.raw import RawDisk
-from cowfence.errors import Corrupt, Invalid, NotThisFormat, Refused, Unsupported
+from cowfence.errors import Invalid, Refused, Unsupported
 from cowfence.qcow2.describe import probe
 from cowfence.qcow2.extensions import Incompatible
 from cowfence.qcow2.header import CRYPT_AES, Header, check_supported, read_header
 from cowfence.qcow2.image import CacheMode, Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
-from cowfence.storage.base import Storage, read_exact, read_padded
+from cowfence.storage.base import Storage, read_exact
 from cowfence.storage.file import FileStorage
 from cowfence.storage.host import go_direct
 from cowfence.storage.locks import ImageLock
@@ -283,21 +283,12 @@ def _open_plain(storage: Storage, format_name: str, secrets: Secrets | None) -> 
     """A disk without tables, which may be encrypted as a whole. Raises Corrupt, Unsupported, Invalid (its secret)."""
     if format_name == "raw":
         return RawDisk(storage)
-    from cowfence.codec.base import CodecError
-    from cowfence.codec.luks import HEADER_BYTES, cipher_of, parse
-    from cowfence.qcow2.encryption import named, unlocked
+    from cowfence.codec.luks import cipher_of
+    from cowfence.qcow2.encryption import named, read_luks_file, unlocked
     from cowfence.storage.encrypted import EncryptedStorage
 
-    header, name = bytearray(HEADER_BYTES), storage.name
-    read_padded(storage, 0, header)
-    try:
-        luks = parse(bytes(header))
-    except CodecError as bad:
-        if header[:4] != b"LUKS":
-            raise NotThisFormat(name, "not a LUKS file (at offset 0: no magic string)") from None
-        raise Corrupt(f"{name}: LUKS header", str(bad)) from None
-    if luks.payload_sector * SECTOR_BYTES < luks.area_bytes:
-        raise Corrupt(f"{name}: LUKS header", "the data begins inside the key material")
+    name = storage.name
+    luks = read_luks_file(storage)
     if secrets is None:
         raise Invalid(f"{name}: the image is encrypted, and its secret was not given")
 

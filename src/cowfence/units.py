@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -11,7 +13,11 @@ PIB = 1024 * TIB
 SECTOR_BYTES = 512
 """The unit that a disk writes whole: a 512-byte sector never tears (crash contract, model P)."""
 
+MAX_SIZE_BYTES = (1 << 63) - 1
+"""Of anything that has a size: file offsets are signed."""
+
 _SUFFIXES = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB, "p": PIB, "e": 1024 * PIB}
+_SIZE = re.compile(r"\+?(?:0x([0-9a-f]+)|([0-9]+)(?:\.([0-9]*))?([bkmgtpe]?))", re.IGNORECASE | re.ASCII)
 
 
 def align_down(value: int, unit: int) -> int:
@@ -29,27 +35,25 @@ def div_up(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
-def parse_size(text: str) -> int:
-    """Bytes from a size as qemu-img takes it: ``512``, ``64k``, ``1.5G`` (1024-based, b k M G T P E).
+class TooLarge(ValueError):
+    """A size beyond what counts bytes anywhere: 2**63 and more."""
 
-    Raises ValueError for anything else, for negative sizes and for 2**63 bytes and more.
+
+def parse_size(text: str) -> int:
+    """Bytes from a size as qemu-img takes it: ``512``, ``64k``, ``1.5G``, ``0x1000`` (1024-based, b k M G T P E).
+
+    Raises ValueError for anything else and for negative sizes, TooLarge for 2**63 bytes and more.
     """
-    stripped = text.strip()
-    suffix = stripped[-1:].lower()
-    number = stripped if suffix.isdigit() or suffix == "." else stripped[:-1]
-    if suffix.isdigit() or suffix == ".":
-        suffix = ""
-    if suffix not in _SUFFIXES or not number or not number.isascii():
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
         raise ValueError(f"'{text}' is not a size: use a number with an optional suffix b, k, M, G, T, P or E")
-    whole, dot, fraction = number.partition(".")
-    if not whole.isdigit() or (dot and not fraction.isdigit()):
-        raise ValueError(f"'{text}' is not a size: use a number with an optional suffix b, k, M, G, T, P or E")
-    unit = _SUFFIXES[suffix]
-    size_bytes = int(whole) * unit
+    hexadecimal, whole, fraction, suffix = found.groups(default="")
+    unit = _SUFFIXES[suffix.lower()]
+    size_bytes = (int(hexadecimal, 16) if hexadecimal else int(whole)) * unit
     if fraction:
         size_bytes += int(fraction) * unit // 10 ** len(fraction)
-    if size_bytes >= 1 << 63:
-        raise ValueError(f"'{text}' is too large a size: the limit is 8 EiB")
+    if size_bytes > MAX_SIZE_BYTES:
+        raise TooLarge(f"'{text}' is too large a size: the limit is 8 EiB")
     return size_bytes
 
 

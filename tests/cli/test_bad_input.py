@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -117,7 +118,8 @@ TABLE: list[tuple[Build, set[str], str]] = [
 
 def failed_in_one_line(done: subprocess.CompletedProcess[str], start: str) -> None:
     assert done.returncode == 1
-    assert done.stdout == ""
+    # As qemu-img does, create says first what it begins.
+    assert re.fullmatch(r"(Formatting '.*\n)?", done.stdout)
     assert done.stderr.startswith(f"cowfence: {start}"), done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.endswith("\n")
@@ -141,21 +143,21 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["info", "--image-opts", "x"], "unrecognized arguments: --image-opts"),
-        (["info", "--object", "secret,id=a", "x"], "unrecognized arguments"),
-        (["map", "-s", "-1", "x"], "argument -s/--start-offset"),
-        (["create", "x"], "x: image creation needs a size parameter"),
-        (["create", "x", "1X"], "argument size: '1X' is not a size"),
-        (["create", "x", "8E"], "argument size: '8E' is too large a size"),
-        (["create", "-o", "size=1M", "x", "1M"], "x: the size must be specified only once"),
-        (["create", "-o", "foo=1", "x", "1M"], "x: invalid parameter 'foo'"),
-        (["create", "-o", "cluster_size=3000", "x", "1M"], "x: cluster size must be a power of two between 512 and 2M"),
-        (["create", "-o", "refcount_bits=x", "x", "1M"], "x: refcount_bits=x: must be a number"),
+        (["info", "--image-opts", "x"], "Could not open 'x': Cannot find device='x'"),
+        (["info", "--object", "secret,id=a", "x"], "--object secret: either 'file' or 'env' must be given"),
+        (["map", "-s", "-1", "x"], "Invalid start offset specified."),
+        (["create", "x"], "x: Image creation needs a size parameter"),
+        (["create", "x", "1X"], "Invalid image size specified. You may use"),
+        (["create", "x", "8E"], "Invalid image size specified. Must be between"),
+        (["create", "-o", "size=1M", "x", "1M"], "x: The image size must be specified only once"),
+        (["create", "-o", "foo=1", "x", "1M"], "x: Invalid parameter 'foo'"),
+        (["create", "-o", "cluster_size=3000", "x", "1M"], "x: Cluster size must be a power of two between 512 and 2048k"),
+        (["create", "-o", "refcount_bits=x", "x", "1M"], "x: Parameter 'refcount_bits' expects a number"),
         (["create", "-o", "encryption=on", "x", "1M"], "x: unsupported: creating images with AES encryption"),
         (["create", "-o", "encrypt.format=luks", "x", "1M"], "x: Parameter 'encrypt.key-secret' is required for cipher"),
         (["create", "-o", "encrypt.format=luks,encrypt.key-secret=s", "x", "1M"], "No secret with id 's'"),
         (["create", "-o", "encrypt.format=aes", "x", "1M"], "x: unsupported: creating images with encrypt.format=aes"),
-        (["create", "-o", "encrypt.cipher-alg=aes-256", "x", "1M"], "x: encrypt.format is missing"),
+        (["create", "-o", "encrypt.cipher-alg=aes-256", "x", "1M"], "x: Parameter 'encrypt.format' is missing"),
         (["create", "-o", "data_file_raw=on", "x", "1M"], "x: data_file_raw needs data_file"),
         (
             ["create", "-o", "data_file=nbd://h/x", "x", "1M"],
@@ -163,22 +165,22 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         ),
         (
             ["create", "-o", "extended_l2=on,cluster_size=4k", "x", "1M"],
-            "x: extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            "x: Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
         ),
         (
             ["create", "-o", "extended_l2=on,compat=0.10", "x", "1M"],
             "x: a table of extended L2 entries needs compatibility level 1.1",
         ),
-        (["create", "-b", "y", "x", "1M"], "x: backing file specified without backing format"),
+        (["create", "-b", "y", "x", "1M"], "x: Backing file specified without backing format"),
         (["create", "-b", "json:{}", "-F", "raw", "x", "1M"], "json:{}: refused: the backing file's name has a protocol"),
         (["create", "-u", "-b", "nbd:a", "-F", "raw", "x", "1M"], "nbd:a: refused: the backing file's name has a protocol"),
         (["create", "-b", "y", "-F", "raw", "x", "1M"], "y: open at offset 0: No such file"),
-        (["create", "-f", "raw", "-o", "cluster_size=4k", "x", "1M"], "x: a raw image has no option cluster_size"),
+        (["create", "-f", "raw", "-o", "cluster_size=4k", "x", "1M"], "x: Invalid parameter 'cluster_size'"),
         (["create", "nowhere/x", "1M"], "nowhere/x: create at offset 0: No such file or directory"),
         (["create", ".", "1M"], ".: is a directory"),
-        (["dd", "if=x"], "must specify both input and output files"),
-        (["dd", "if=x", "of=y", "foo=1"], "unrecognized operand 'foo=1'"),
-        (["dd", "-f", "raw", "if=old", "of=y", "bs=0"], "a block size of 0 bytes"),
+        (["dd", "if=x"], "Must specify both input and output files"),
+        (["dd", "if=x", "of=y", "foo=1"], "unrecognized operand foo"),
+        (["dd", "-f", "raw", "if=old", "of=y", "bs=0"], "Invalid bs specified. Must be between 1 and 2147483647."),
         (["dd", "-f", "raw", "if=old", "of=y", "skip=100"], "old: cannot skip 51200 bytes, the disk has 3"),
         (["serve", "--bind", "0.0.0.0", "x"], "0.0.0.0 can be reached from other hosts"),
         (["serve", "--force-share", "x"], "--force-share needs --read-only"),
@@ -191,7 +193,7 @@ def test_bad_words(tmp_path: Path, words: list[str], line: str) -> None:
     (tmp_path / "old").write_bytes(b"old")
     done = cowfence(*words, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert done.stdout == ""
+    assert re.fullmatch(r"(Formatting .*\n)?", done.stdout)
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from golden import more_disks
 from golden.disks import make
 
 
@@ -20,3 +21,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(images: Path, tmp_path: Path) -> Path:
     """A copy of them."""
     return Path(shutil.copytree(images, tmp_path / "folder"))
+
+
+@pytest.fixture(scope="session")
+def more_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those, and more (``more_disks``); nobody changes them."""
+    return more_disks.make(images, tmp_path_factory.mktemp("more") / "images")

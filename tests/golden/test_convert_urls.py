@@ -107,6 +107,15 @@ def test_an_image_behind_a_url(server: _Server, tmp_path: Path, words: str) -> N
     assert sum(sizes) <= len(server.files[f"/{name}"])
 
 
+def test_info_of_an_image_behind_a_url(server: _Server, tmp_path: Path) -> None:
+    local = command("info", tmp_path / "a.qcow2").stdout.splitlines()
+    remote = command("info", _url(server, "a.qcow2")).stdout.splitlines()
+    assert remote[0] == f"image: {_url(server, 'a.qcow2')}"
+    assert remote[3] == "disk size: unavailable"
+    assert [*remote[1:3], *remote[4:]] == [*local[1:3], *local[4:]]
+    assert command("info", _url(server, "over"), check=False).returncode == 1
+
+
 def test_image_opts_and_json_name_urls(server: _Server, tmp_path: Path) -> None:
     url = _url(server, "a.qcow2")
     command("convert", "--image-opts", "-O", "raw", f"driver=qcow2,file.driver=http,file.url={url}", tmp_path / "one")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket as socket_module
 import subprocess
 import sys
 import time
@@ -105,6 +106,16 @@ def test_without_a_format_nothing_raw_is_written(programs: Programs, folder: Pat
     assert "add -f raw" in done.stderr
 
 
+def _listens(path: Path) -> bool:
+    """The file of a socket is there a moment before anybody listens."""
+    with socket_module.socket(socket_module.AF_UNIX) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
 @contextmanager
 def serving(program: list[str], words: str, socket: Path) -> Iterator[subprocess.Popen[str]]:
     socket.unlink(missing_ok=True)
@@ -112,7 +123,7 @@ def serving(program: list[str], words: str, socket: Path) -> Iterator[subprocess
         [*program, "-k", str(socket), *words.split()], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE
     )
     for _ in range(1000):
-        if socket.exists() or process.poll() is not None:
+        if _listens(socket) or process.poll() is not None:
             break
         time.sleep(0.01)
     try:

@@ -24,7 +24,7 @@ from cowfence.errors import Corrupt, CowfenceError, NotThisFormat, OutOfRange, R
 from cowfence.ops.create import CreateOptions, create
 from cowfence.ops.dd import dd
 from cowfence.ops.info import info
-from cowfence.ops.map import map_image
+from cowfence.ops.map import map_disk
 from cowfence.qcow2.extensions import Extension, ExtensionType, Incompatible
 from cowfence.qcow2.header import encode, parse_header
 from cowfence.units import KIB, MIB
@@ -98,10 +98,15 @@ def backed_by(path: Path, name: str, format_name: str = "raw") -> Path:
 def tried(path: Path, *, writable: bool = False) -> None:
     """Open, read, map and describe: a result or one of our errors, and no descriptor left."""
     before = len(os.listdir("/proc/self/fd"))
-    for attempt in (lambda: info(path), lambda: map_image(path), lambda: _read_all(path, writable=writable)):
+    for attempt in (lambda: info(path), lambda: _map(path), lambda: _read_all(path, writable=writable)):
         with suppress(CowfenceError):
             attempt()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _map(path: Path) -> None:
+    with open_chain(path) as disk:
+        map_disk(disk, str(path))
 
 
 def _read_all(path: Path, *, writable: bool) -> None:
@@ -186,7 +191,7 @@ def test_cve_2015_1851_2022_47951_no_other_format_is_guessed(tmp_path: Path) -> 
     (tmp_path / "x").write_text('# Disk Descriptor File\nversion=1\ncreateType="monolithicFlat"\nRW 1 FLAT "/etc/passwd" 0\n')
     before = snapshot_of(tmp_path)
     with pytest.raises(NotThisFormat):
-        dd(tmp_path / "x", tmp_path / "out")
+        open_chain(tmp_path / "x")
     assert command("dd", "if=x", "of=out", cwd=tmp_path, check=False).returncode == 1
     assert command("map", "x", cwd=tmp_path, check=False).returncode == 1
     assert "file format: unknown" in command("info", "x", cwd=tmp_path).stdout
@@ -303,8 +308,8 @@ def test_cve_2022_0485_an_error_of_the_source_fails_the_copy(tmp_path: Path) -> 
         stream.write(((1 << 63) | (1 << 40)).to_bytes(8))
     before = snapshot_of(tmp_path)
     for target_format in ("raw", "qcow2"):
-        with pytest.raises(CowfenceError):
-            dd(tmp_path / "x", tmp_path / "out", target_format=target_format)
+        with pytest.raises(CowfenceError), open_chain(tmp_path / "x") as disk:
+            dd(disk, "x", tmp_path / "out", target_format=target_format)
         done = command("dd", "-O", target_format, "if=x", "of=out", cwd=tmp_path, check=False)
         assert done.returncode == 1
     assert snapshot_of(tmp_path) == before

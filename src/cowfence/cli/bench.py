@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.main import add_output_option, add_reference_options, print_json, references, size_within
 from cowfence.cli.secrets import add_secret_options, secrets_of
 from cowfence.cli.sources import parse_source
 from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.bench import Load, bench
 from cowfence.qcow2.assemble import CacheMode
-from cowfence.units import parse_size
 
 _CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -91,9 +90,9 @@ def _load(arguments: argparse.Namespace) -> Load:
     load = Load(
         count=_number(arguments.count, "Invalid request count specified"),
         depth=_number(arguments.depth, "Invalid queue depth specified"),
-        offset=_size(arguments.offset, "offset"),
-        request_bytes=_size(arguments.request_bytes, "buffer size"),
-        step_bytes=None if arguments.step_bytes is None else _size(arguments.step_bytes, "step_size"),
+        offset=size_within(arguments.offset, "offset"),
+        request_bytes=size_within(arguments.request_bytes, "buffer size"),
+        step_bytes=None if arguments.step_bytes is None else size_within(arguments.step_bytes, "step_size"),
         is_write=arguments.is_write,
         pattern=_number(arguments.pattern, "Invalid pattern byte specified"),
         flush_interval=_number(arguments.flush_interval, "Invalid flush interval specified"),
@@ -117,13 +116,3 @@ def _number(text: str, wrong: str) -> int:
     if value < 0:
         raise Invalid(wrong)
     return value
-
-
-def _size(text: str, what: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise Invalid(
-            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, gigabytes, "
-            "terabytes, petabytes and exabytes."
-        ) from None

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cowfence.cli.convert_each import convert_each
-from cowfence.cli.create_options import OPTIONS, parse_options, wants_help
+from cowfence.cli.create_options import help_lines, parse_options, wants_help
 from cowfence.cli.formats import not_qcow2
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, size_bytes
 from cowfence.cli.progress import add_progress_option, shown_bytes
@@ -92,8 +92,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if wants_help(arguments.options):
-        for option, line in OPTIONS.items():
-            print(f"  {option:<28} - {line}")
+        print("\n".join(help_lines(arguments.target_format or "raw")))
         return 0
     how = _how(arguments)
     if arguments.each is not None:
@@ -302,10 +301,10 @@ def _convert(
 
 
 def _options(arguments: argparse.Namespace, target: str) -> CreateOptions:
-    given = parse_options(arguments.options, target)
-    given.take("backing_file", arguments.backing, "the backing file")
-    given.take("backing_fmt", arguments.backing_format, "the backing format")
-    return given.create_options(arguments.target_format or "raw", partial(secret_named, arguments))
+    given = parse_options(arguments.options, target, arguments.target_format or "raw")
+    given.take("backing_file", arguments.backing, "Backing file")
+    given.take("backing_fmt", arguments.backing_format, "Backing file format")
+    return given.create_options(partial(secret_named, arguments))
 
 
 def _convert_into(

@@ -6,53 +6,63 @@ The legacy encryption is known by name, and refused unless it says "off".
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from cowfence.cli import encrypt_options
+from cowfence.cli.main import size_option
 from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, Unsupported
 from cowfence.ops.create import COMPRESSION_TYPES, PREALLOCATIONS, CreateOptions
-from cowfence.units import parse_size
 
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-
-
-def _switch(text: str) -> bool:
-    if text not in ("on", "off"):
-        raise ValueError("must be 'on' or 'off'")
-    return text == "on"
+VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_SWITCH: Final = {word: on for on, words in ((True, "on yes true y"), (False, "off no false n")) for word in words.split()}
+_LIST: Final = re.compile(r"(?!,).*[^,](?:,,)*", re.DOTALL)
+_NUMBER: Final = re.compile(r"\+?(0x[0-9a-f]+|0|-?[1-9][0-9]*)", re.IGNORECASE)
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError("must be a number")
-    return int(text)
+def option_items(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of each option of all ``-o`` together, as written. Raises Invalid for a comma that separates nothing."""
+    for text in texts:
+        if not _LIST.fullmatch(text):
+            raise Invalid(f"Invalid option list: {text}")
+        for item in re.findall(r"(?:[^,]|,,)+", text):
+            name, equals, value = item.replace(",,", ",").partition("=")
+            yield name, value if equals else "on"
 
 
-def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return text
-
-    return convert
+def switch_option(text: str, name: str) -> bool:
+    """Raises Invalid, in qemu-img's words, as the next one does."""
+    if text not in _SWITCH:
+        raise Invalid(f"Parameter '{name}' expects 'on' or 'off'")
+    return _SWITCH[text]
 
 
-_CONVERT: Final[dict[str, Callable[[str], object]]] = {
-    "backing_file": str,
-    "backing_fmt": str,
-    "cluster_size": parse_size,
-    "compat": _one_of(tuple(_VERSIONS)),
-    "compression_type": _one_of(tuple(COMPRESSION_TYPES)),
-    "data_file": str,
-    "data_file_raw": _switch,
-    "extended_l2": _switch,
-    "lazy_refcounts": _switch,
-    "preallocation": _one_of(PREALLOCATIONS),
-    "refcount_bits": _count,
-    "size": parse_size,
-    **dict.fromkeys(encrypt_options.NAMES, str),
+def number_option(text: str, name: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise Invalid(f"Parameter '{name}' expects a number")
+    return int(text, 0)
+
+
+def _text(text: str, _: str) -> str:
+    return text
+
+
+_CONVERT: Final[dict[str, Callable[[str, str], object]]] = {
+    "backing_file": _text,
+    "backing_fmt": _text,
+    "cluster_size": size_option,
+    "compat": _text,
+    "compression_type": _text,
+    "data_file": _text,
+    "data_file_raw": switch_option,
+    "extended_l2": switch_option,
+    "lazy_refcounts": switch_option,
+    "preallocation": _text,
+    "refcount_bits": number_option,
+    "size": size_option,
+    **dict.fromkeys(encrypt_options.NAMES, _text),
+    "encrypt.iter-time": number_option,
 }
 OPTIONS: Final = {
     "backing_file=<str>": "name of the backing file",
@@ -72,74 +82,96 @@ OPTIONS: Final = {
 """Each option with one line of help. A raw image has ``preallocation`` and ``size``."""
 
 _RAW: Final = ("preallocation", "size")
+_CHOICES: Final = {"compat": VERSIONS, "compression_type": COMPRESSION_TYPES, "preallocation": PREALLOCATIONS}
+_ON_THE_HOST: Final = ("extent_size_hint", "nocow")
+"""Options that QEMU passes on to the host's file system."""
 
 
 class GivenOptions:
-    """What was given, by name: ``texts`` as written, ``value`` as meant."""
+    """What was given for an image of this format, by name: ``texts`` as written, ``value`` as meant."""
 
-    def __init__(self, image: str) -> None:
+    def __init__(self, image: str, format_name: str) -> None:
         self.image = printable(image)
+        self.format = format_name
         self.texts: dict[str, str] = {}
         self._values: dict[str, object] = {}
 
     def put(self, name: str, text: str) -> None:
         """Set an option; the last of several counts. Raises Invalid, Unsupported."""
+        if name in _ON_THE_HOST:
+            raise Unsupported(self.image, f"{name}: it is the file system's; set it on the directory (chattr, xfs_io)")
+        if self.format == "raw" and name not in _RAW:
+            raise Invalid(f"{self.image}: Invalid parameter '{name}'")
+        self.texts[name] = text
         if name == "encryption":
-            if text == "off":
-                return
-            raise Unsupported(self.image, "creating images with AES encryption; it is weak: use encrypt.format=luks")
+            if switch_option(text, name):
+                raise Unsupported(self.image, "creating images with AES encryption; it is weak: use encrypt.format=luks")
+            return
         convert = _CONVERT.get(name)
         if convert is None:
-            raise Invalid(f"{self.image}: invalid parameter {name!a}; see -o help")
+            raise Invalid(f"{self.image}: Invalid parameter '{name}'")
         try:
-            self._values[name] = convert(text)
-        except ValueError as error:
-            raise Invalid(f"{self.image}: {name}={printable(text)}: {error}") from None
-        self.texts[name] = text
+            self._values[name] = convert(text, name)
+        except Invalid as error:
+            raise Invalid(f"{self.image}: {error}") from None
 
     def take(self, name: str, value: object, what: str) -> None:
-        """An argument of its own that means the same as an option: one of them at most."""
+        """An argument of its own that means the same as an option: one of them at most. ``what`` it is begins a sentence."""
         if value is None:
             return
+        if self.format == "raw" and name not in _RAW:
+            raise Invalid(f"{self.image}: {what} not supported for file format 'raw'")
         if name in self._values:
             raise Invalid(f"{self.image}: {what} must be specified only once")
         self._values[name] = value
 
-    def value(self, name: str) -> object:
-        return self._values.get(name)
+    def set_size(self, size_bytes: int) -> None:
+        self._values["size"] = size_bytes
 
-    def create_options(self, format_name: str, secret: Callable[[str], bytes]) -> CreateOptions:
-        """The options for an image of this format. Raises Invalid for those that it does not have. ``secret``: by its id."""
-        if format_name == "raw":
-            wrong = sorted(set(self._values) - set(_RAW))
-            if wrong:
-                raise Invalid(f"{self.image}: a raw image has no option {wrong[0]}")
-        values = {field: convert(self._values[name]) for name, (field, convert) in _FIELDS.items() if name in self._values}
+    def text(self, name: str) -> str | None:
+        """The value of an option that is a text; None where it was not given."""
+        value = self._values.get(name)
+        return None if value is None else str(value)
+
+    def number(self, name: str) -> int | None:
+        value = self._values.get(name)
+        return value if isinstance(value, int) else None
+
+    def shown(self, name: str, default: str | None) -> str | None:
+        """As qemu-img shows it: numbers as such, everything else as it was written."""
+        value = self._values.get(name, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        text = self.texts.get(name, value)
+        return None if text is None else printable(str(text).replace(",", ",,"))
+
+    def create_options(self, secret: Callable[[str], bytes]) -> CreateOptions:
+        """The options for the image. ``secret``: by its id. Raises Invalid, Unsupported for values that there are not."""
+        for name, known in _CHOICES.items():
+            text = self.texts.get(name)
+            if text is not None and text not in known:
+                raise Invalid(f"{self.image}: {name}={text}: must be one of {', '.join(known)}")
+        values = {field: self._values[name] for name, field in _FIELDS.items() if name in self._values}
         encryption = encrypt_options.luks_of(self.texts, self.image)
         key_secret = self.texts.get("encrypt.key-secret")
         if encryption is not None:
             values["encryption"] = encryption
             values["secret"] = None if key_secret is None else secret(key_secret)
-        return CreateOptions(format_name, **values)  # type: ignore[arg-type]
+        return CreateOptions(self.format, version=VERSIONS[self.texts.get("compat", "v3")], **values)  # type: ignore[arg-type]
 
 
-def _as_it_is(value: object) -> object:
-    return value
-
-
-_FIELDS: Final[dict[str, tuple[str, Callable[[object], object]]]] = {
-    "backing_file": ("backing", _as_it_is),
-    "backing_fmt": ("backing_format", _as_it_is),
-    "cluster_size": ("cluster_bytes", _as_it_is),
-    "compat": ("version", lambda text: _VERSIONS[str(text)]),
-    "compression_type": ("compression_type", _as_it_is),
-    "data_file": ("data_file", _as_it_is),
-    "data_file_raw": ("data_file_raw", _as_it_is),
-    "extended_l2": ("extended_l2", _as_it_is),
-    "lazy_refcounts": ("lazy_refcounts", _as_it_is),
-    "preallocation": ("preallocation", _as_it_is),
-    "refcount_bits": ("refcount_bits", _as_it_is),
-    "size": ("size_bytes", _as_it_is),
+_FIELDS: Final = {
+    "backing_file": "backing",
+    "backing_fmt": "backing_format",
+    "cluster_size": "cluster_bytes",
+    "compression_type": "compression_type",
+    "data_file": "data_file",
+    "data_file_raw": "data_file_raw",
+    "extended_l2": "extended_l2",
+    "lazy_refcounts": "lazy_refcounts",
+    "preallocation": "preallocation",
+    "refcount_bits": "refcount_bits",
+    "size": "size_bytes",
 }
 
 
@@ -147,11 +179,18 @@ def wants_help(texts: Sequence[str]) -> bool:
     return any(item in ("help", "?") for text in texts for item in text.split(","))
 
 
-def parse_options(texts: Sequence[str], image: str) -> GivenOptions:
+def help_lines(format_name: str) -> list[str]:
+    """What ``-o help`` says of a format: a line for each option."""
+    return [
+        f"  {option:<24} - {line}"
+        for option, line in OPTIONS.items()
+        if format_name != "raw" or option.partition("=")[0] in _RAW
+    ]
+
+
+def parse_options(texts: Sequence[str], image: str, format_name: str) -> GivenOptions:
     """The options of all ``-o`` arguments together; ``image`` is for messages. Raises Invalid, Unsupported."""
-    given = GivenOptions(image)
-    for text in texts:
-        for item in re.findall(r"(?:[^,]|,,)+", text):
-            name, equals, value = item.replace(",,", ",").partition("=")
-            given.put(name, value if equals else "on")
+    given = GivenOptions(image, format_name)
+    for name, text in option_items(texts):
+        given.put(name, text)
     return given

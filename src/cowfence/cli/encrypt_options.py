@@ -33,7 +33,7 @@ def luks_of(texts: Mapping[str, str], image: str) -> NewLuks | None:
         return None
     kind = given.pop("encrypt.format", None)
     if kind is None:
-        raise Invalid(f"{image}: encrypt.format is missing")
+        raise Invalid(f"{image}: Parameter 'encrypt.format' is missing")
     if kind != "luks":
         raise Unsupported(
             image, f"creating images with encrypt.format={kind}; it is weak, and kept for reading and writing only"

@@ -1,7 +1,7 @@
 """``cowfence info``: describe an image, in the words of ``qemu-img info``.
 
-Opens exactly the file that is named; ``--backing-chain`` alone goes on. Without ``-f`` the file is looked at (``cli.formats``),
-and what is no qcow2 image is "unknown": only the user can know that a file is raw.
+Opens exactly the image that is named; ``--backing-chain`` alone goes on. Without ``-f`` a file is looked at
+(``cli.formats``), and what is no qcow2 image is "unknown": only the user can know that a file is raw.
 """
 
 from __future__ import annotations
@@ -10,41 +10,58 @@ import argparse
 
 from cowfence.cli.formats import STRICT_PROGRAM, looked_at
 from cowfence.cli.main import add_output_option, add_reference_options, print_json, references
+from cowfence.cli.secrets import add_secret_options, secrets_by_id
 from cowfence.cli.snapshot_list import snapshot_lines
-from cowfence.ops.info import ImageInfo, info, info_chain
+from cowfence.cli.sources import add_image_opts_option, is_local, local_file, open_source, parse_source
+from cowfence.ops.info import ImageInfo, info, info_chain, info_disk
 from cowfence.qcow2.describe import JsonValue
 from cowfence.units import format_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", dest="format", choices=("qcow2", "raw"), help="format of the image (default: look at it)")
+    parser.add_argument("-f", dest="format", choices=("qcow2", "raw", "luks"), help="format of the image (default: look at it)")
+    add_image_opts_option(parser)
     parser.add_argument("--backing-chain", action="store_true", help="describe the backing files too")
     parser.add_argument("-U", "--force-share", action="store_true", help="look at an image that another process writes to")
     add_output_option(parser)
     add_reference_options(parser)
+    add_secret_options(parser)
     parser.add_argument("image")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, share = arguments.image, arguments.force_share
-    # What is not known is shown as such under our own name.
-    format_name = arguments.format or (None if arguments.program == STRICT_PROGRAM else looked_at(path, arguments))
-    if arguments.backing_chain:
-        found = info_chain(
-            path,
-            format=format_name,
-            refs=references(arguments, path),
-            force_share=share,
-            assume_backing_format=arguments.assume_backing_format,
-        )
-    else:
-        found = (info(path, format=format_name, force_share=share),)
+    # Of what is described no secret is needed; those that are given have to make sense.
+    secrets_by_id(arguments)
+    found = _found(arguments)
     if arguments.output == "json":
         images = [image.to_dict() for image in found]
         print_json(images if arguments.backing_chain else images[0])
     else:
         print("\n\n".join("\n".join(_human(image)) for image in found))
     return 0
+
+
+def _found(arguments: argparse.Namespace) -> tuple[ImageInfo, ...]:
+    """The image that is named and, if that is wanted, those below it; an image that is no local file has none."""
+    if not is_local(parse_source(arguments.image, image_opts=arguments.image_opts)):
+        disk = open_source(arguments.image, arguments, format_name=arguments.format)
+        try:
+            return (info_disk(disk, arguments.image),)
+        finally:
+            disk.close()
+    source, share = local_file(arguments.image, arguments), arguments.force_share
+    path = source.name
+    # What is not known is shown as such under our own name.
+    format_name = source.format or (None if arguments.program == STRICT_PROGRAM else looked_at(path, arguments))
+    if not arguments.backing_chain:
+        return (info(path, format=format_name, force_share=share),)
+    return info_chain(
+        path,
+        format=format_name,
+        refs=references(arguments, path),
+        force_share=share,
+        assume_backing_format=arguments.assume_backing_format,
+    )
 
 
 def _shown(name: str) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
 from cowfence import __version__
-from cowfence.errors import CowfenceError
-from cowfence.units import parse_size
+from cowfence.errors import CowfenceError, Invalid
+from cowfence.units import MAX_SIZE_BYTES, TooLarge, parse_size
 
 if TYPE_CHECKING:
     from cowfence.disk.opener import Refs
@@ -202,6 +202,32 @@ def size_bytes(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def size_within(text: str, what: str, *, least: int = 0, most: int = MAX_SIZE_BYTES) -> int:
+    """Bytes from a size that is ``least`` to ``most``. Raises Invalid, in qemu-img's words; ``what`` is its name there."""
+    try:
+        found = parse_size(text)
+    except TooLarge:
+        found = most + 1
+    except ValueError:
+        raise Invalid(
+            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for kilobytes, megabytes, gigabytes, "
+            "terabytes, petabytes and exabytes."
+        ) from None
+    if not least <= found <= most:
+        raise Invalid(f"Invalid {what} specified. Must be between {least} and {most}.")
+    return found
+
+
+def size_option(text: str, name: str) -> int:
+    """The value of an option of a format that is a size, in bytes. Raises Invalid, in qemu-img's words."""
+    try:
+        return parse_size(text)
+    except TooLarge as error:
+        raise Invalid(str(error)) from None
+    except ValueError:
+        raise Invalid(f"Parameter '{name}' expects a non-negative number below 2^64") from None
 
 
 def print_json(value: object) -> None:

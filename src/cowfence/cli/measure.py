@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     source = _source(arguments)
     if arguments.target_format not in ("qcow2", "raw"):
         raise Unsupported(arguments.target_format, "size measurement for this format; here are qcow2 and raw")
-    given = parse_options(arguments.options, source or "a new image")
-    given.take("size", arguments.size, "the size")
-    options = given.create_options(arguments.target_format, partial(secret_named, arguments))
+    given = parse_options(arguments.options, source or "a new image", arguments.target_format)
+    given.take("size", arguments.size, "The image size")
+    options = given.create_options(partial(secret_named, arguments))
     if source is None:
         found = measure(options)
     else:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 
-from cowfence.cli.formats import source_format
-from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references
+from cowfence.cli.formats import looked_at
+from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, references, size_option
 from cowfence.cli.progress import add_progress_option, shown
 from cowfence.cli.rehearsing import add_dry_run_option, rehearsal_of, tell
-from cowfence.cli.secrets import add_secret_options, secrets_of
+from cowfence.cli.secrets import add_secret_options
+from cowfence.cli.sources import add_image_opts_option, local_file, secrets_for
 from cowfence.disk.opener import printable
-from cowfence.errors import Invalid, Unsupported
-from cowfence.units import parse_size
+from cowfence.errors import Unsupported
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of what is new: off (default), metadata, falloc (host space is reserved), full (and written)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("--image-opts", action="store_true", help=argparse.SUPPRESS)
+    add_image_opts_option(parser)
     add_progress_option(parser)
     add_dry_run_option(parser)
     add_output_option(parser)
@@ -43,16 +43,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cowfence.ops.resize import resize
 
-    image = arguments.image
-    if arguments.image_opts:
-        raise Unsupported(image, "--image-opts; give the file's name and -f")
+    source = local_file(arguments.image, arguments)
+    image = source.name
     sign, digits = (arguments.size[0], arguments.size[1:]) if arguments.size[:1] in ("+", "-") else ("", arguments.size)
-    try:
-        size_bytes = parse_size(digits)
-    except ValueError as error:
-        raise Invalid(str(error)) from None
-    format_name = source_format(arguments, image)
-    if arguments.format is None and format_name == "raw":
+    size_bytes = size_option(digits, "size")
+    format_name = source.format or looked_at(image, arguments)
+    if format_name == "luks":
+        raise Unsupported(printable(image), "resizing a LUKS file: its new part would not read as zeros")
+    if source.format is None and format_name == "raw":
         complain(arguments, f"warning: Image format was not specified for '{printable(image)}' and probing guessed raw.")
     rehearsal = rehearsal_of(arguments)
     with shown(arguments) as progress:
@@ -65,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             preallocation=arguments.preallocation,
             refs=references(arguments, image),
             assume_backing_format=arguments.assume_backing_format,
-            secrets=secrets_of(arguments),
+            secrets=secrets_for(source, arguments),
             rehearsal=rehearsal,
             progress=progress,
         )

@@ -147,6 +147,11 @@ def secrets_for(source: Source, arguments: argparse.Namespace) -> Secrets | None
     return lambda _: [value]
 
 
+def is_local(source: Source) -> bool:
+    """True for a file, False for an NBD export and what is behind a URL."""
+    return not (source.name.startswith(PROTOCOLS) or is_remote(source.name))
+
+
 def local_file(text: str, arguments: argparse.Namespace) -> Source:
     """The file that ``text`` names, for subcommands that change an image, or look at more than its disk.
 
@@ -154,7 +159,7 @@ def local_file(text: str, arguments: argparse.Namespace) -> Source:
     if arguments.image_opts and arguments.format is not None:
         raise Invalid("--image-opts and --format are mutually exclusive")
     source = parse_source(text, image_opts=arguments.image_opts)
-    if source.name.startswith(PROTOCOLS) or is_remote(source.name):
+    if not is_local(source):
         raise Unsupported(printable(source.name), "changing, or looking into, an image that is no file")
     return replace(source, format=source.format or arguments.format)
 

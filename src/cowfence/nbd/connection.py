@@ -16,6 +16,7 @@ from cowfence.nbd.transmission import (
     Reply,
     ServerTransmission,
 )
+from cowfence.units import MIB
 
 _QUICK_SECONDS: Final = 0.00025
 _QUICK_ROW: Final = 16
@@ -34,6 +35,26 @@ class Pace:
 
     def note(self, seconds: float) -> None:
         self.quick_row = self.quick_row + 1 if seconds < _QUICK_SECONDS else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients may cost. Those named ``client_`` hold for each connection.
+
+    ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
+    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
+    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing is sent away.
+    """
+
+    connections: int = 100
+    handshake_seconds: float = 10.0
+    client_requests: int = 128
+    client_bytes: int = 64 * MIB
+    client_unsent_bytes: int = 4 * MIB
+    batch_bytes: int = 4 * MIB
+    workers: int = 16
+    idle_seconds: float | None = None
+    stop_seconds: float = 10.0
 
 
 @dataclass(eq=False, slots=True)

@@ -31,13 +31,12 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from cowfence.disk.base import Disk, Verb
 from cowfence.errors import Invalid
 from cowfence.nbd import listening
-from cowfence.nbd.connection import Connection
+from cowfence.nbd.connection import Connection, Limits
 from cowfence.nbd.export import Export, ExportTable
 from cowfence.nbd.handshake import ServerHandshake, Tls
 from cowfence.nbd.listening import Listener
@@ -51,7 +50,9 @@ from cowfence.nbd.transmission import (
 )
 from cowfence.nbd.uri import NbdUri
 from cowfence.nbd.workers import Bell, Job, Workers, is_fence, submit
-from cowfence.units import KIB, MIB
+from cowfence.units import KIB
+
+__all__ = ["Limits", "Server"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,26 +63,6 @@ _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients may cost. Those named ``client_`` hold for each connection.
-
-    ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
-    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
-    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing is sent away.
-    """
-
-    connections: int = 100
-    handshake_seconds: float = 10.0
-    client_requests: int = 128
-    client_bytes: int = 64 * MIB
-    client_unsent_bytes: int = 4 * MIB
-    batch_bytes: int = 4 * MIB
-    workers: int = 16
-    idle_seconds: float | None = None
-    stop_seconds: float = 10.0
 
 
 class Server:

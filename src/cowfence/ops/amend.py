@@ -97,9 +97,10 @@ def amend(
     assume_backing_format: str | None = None,
     secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
+    direct: bool = False,
 ) -> Amended:
-    """Amend the qcow2 image at ``path``. ``rehearsal``: nothing is written to the files. Raises as ``amend_disk`` and
-    ``chain.open_chain`` do."""
+    """Amend the qcow2 image at ``path``. ``rehearsal``: nothing is written to the files. ``direct``: see ``chain.open_chain``.
+    Raises as that and ``amend_disk`` do."""
     from cowfence.chain import open_chain
     from cowfence.qcow2.extensions import Compatible
 
@@ -110,6 +111,7 @@ def amend(
         assume_backing_format=assume_backing_format,
         secrets=secrets,
         rehearsal=rehearsal,
+        direct=direct,
     ) as disk:
         amend_disk(disk, wanted, secrets)
         header = disk.header

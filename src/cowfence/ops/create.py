@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 from cowfence.chain import FORMATS, lock_reference
 from cowfence.disk.opener import Identity, Place, Refs, check_name, printable
 from cowfence.errors import Invalid, Unsupported, from_os_error
-from cowfence.qcow2.create import NewImage, geometry_of, write_new
+from cowfence.qcow2.create import NewImage, check_new, write_new
 from cowfence.qcow2.describe import JsonValue
 from cowfence.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, read_header
 from cowfence.storage.base import Storage
 from cowfence.storage.file import FileStorage
 from cowfence.storage.publish import NewFile
-from cowfence.units import MIB, SECTOR_BYTES, align_up
+from cowfence.units import MAX_SIZE_BYTES, MIB, SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.codec.luks import NewLuks
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 COMPRESSION_TYPES: Final = {"zlib": COMPRESSION_DEFLATE, "zstd": COMPRESSION_ZSTD}
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-_MAX_SIZE_BYTES: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def _refuse_device(new: NewFile | RehearsedFile) -> None:
 
 
 def data_path(path: str | os.PathLike[str], data_file: str) -> str:
-    """Where the external data file of the image at ``path`` stands."""
+    """Where a file stands that the image at ``path`` names: its external data file, its backing file."""
     return os.path.join(os.path.dirname(os.fspath(path)), data_file)
 
 
@@ -147,29 +146,55 @@ def settle(
     """The options checked against each other, with the size filled in; writes nothing. Raises as ``create`` does."""
     name = printable(os.fspath(path))
     _check_options(options, name)
-    if options.data_file is not None and _same_file(path, data_path(path, options.data_file)):
-        raise Invalid(f"{name}: an image cannot be its own external data file")
-    size_bytes = options.size_bytes
-    if options.backing is not None:
-        check_name(options.backing)
-        if options.backing_format is None:
-            raise Invalid(f"{name}: backing file specified without backing format; give it with -F")
-        if options.backing_format not in FORMATS:
-            raise Unsupported(name, f"backing file format {options.backing_format!a}; cowfence opens qcow2, raw and luks")
-        if open_backing:
-            found_bytes = backing_size(path, options.backing, options.backing_format, refs or Refs.trust_all())
-            size_bytes = found_bytes if size_bytes is None else size_bytes
-    if size_bytes is None:
-        raise Invalid(f"{name}: image creation needs a size parameter")
-    if not 0 <= size_bytes <= _MAX_SIZE_BYTES:
-        raise Invalid(f"{name}: an image of {size_bytes} bytes; the size must be between 0 and {_MAX_SIZE_BYTES}")
+    if options.data_file is not None:
+        # It is made anew: what was in it would be gone.
+        data = data_path(path, options.data_file)
+        if _same_file(path, data):
+            raise Invalid(f"{name}: an image cannot be its own external data file")
+        if options.backing is not None and _same_file(data_path(path, options.backing), data):
+            raise Invalid(f"{name}: the backing file cannot be the external data file, too")
+    size_bytes = size_of_new(
+        path, options.size_bytes, options.backing, options.backing_format, open_backing=open_backing, refs=refs
+    )
     settled = replace(options, size_bytes=align_up(size_bytes, SECTOR_BYTES))
     if options.format == "qcow2":
         try:
-            geometry_of(new_image(replace(settled, encryption=None)))
+            check_new(new_image(replace(settled, encryption=None)))
         except Invalid as error:
             raise Invalid(f"{name}: {error}") from None
     return settled
+
+
+def size_of_new(
+    path: str | os.PathLike[str],
+    size_bytes: int | None,
+    backing: str | None,
+    backing_format: str | None,
+    *,
+    open_backing: bool = True,
+    refs: Refs | None = None,
+) -> int:
+    """The size of the disk of a new image: the one that is asked for, or that of its backing file, which is opened to see that
+    it is there (``open_backing``). Raises as ``create`` does."""
+    name = printable(os.fspath(path))
+    if backing is not None:
+        if not backing:
+            raise Invalid(f"{name}: Expected backing file name, got empty string")
+        check_name(backing)
+        if os.fspath(path) == backing:
+            raise Invalid(f"{name}: Error: Trying to create an image with the same filename as the backing file")
+        if backing_format is None:
+            raise Invalid(f"{name}: Backing file specified without backing format")
+        if backing_format not in FORMATS:
+            raise Unsupported(name, f"backing file format {backing_format!a}; cowfence opens qcow2, raw and luks")
+        if open_backing:
+            found_bytes = backing_size(path, backing, backing_format, refs or Refs.trust_all())
+            size_bytes = align_up(found_bytes, SECTOR_BYTES) if size_bytes is None else size_bytes
+    if size_bytes is None:
+        raise Invalid(f"{name}: Image creation needs a size parameter")
+    if not 0 <= size_bytes <= MAX_SIZE_BYTES:
+        raise Invalid(f"{name}: an image of {size_bytes} bytes; the size must be between 0 and {MAX_SIZE_BYTES}")
+    return size_bytes
 
 
 def _same_file(path: str | os.PathLike[str], other: str) -> bool:
@@ -193,7 +218,7 @@ def _check_options(options: CreateOptions, name: str) -> None:
     if options.data_file is not None:
         check_name(options.data_file, "external data file")
     if options.backing is None and options.backing_format is not None:
-        raise Invalid(f"{name}: a backing format without a backing file")
+        raise Invalid(f"{name}: Backing format cannot be used without backing file")
     if options.format == "raw":
         if options.backing is not None:
             raise Invalid(f"{name}: a raw image has no backing file")
@@ -202,7 +227,7 @@ def _check_options(options: CreateOptions, name: str) -> None:
         if options.encryption is not None:
             raise Invalid(f"{name}: a raw image is not encrypted")
         if options.preallocation == "metadata":
-            raise Invalid(f"{name}: a raw image has no metadata to preallocate")
+            raise Invalid(f"{name}: Unsupported preallocation mode: metadata")
     if options.backing is not None and options.preallocation != "off" and not options.extended_l2:
         raise Invalid(f"{name}: preallocation would hide the backing file: the two exclude each other without extended_l2")
 

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cowfence.chain import open_chain
 from cowfence.disk.base import Disk
-from cowfence.disk.opener import Refs, printable
+from cowfence.disk.opener import printable
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, NoSpace, Unsupported
 from cowfence.ops.create import CreateOptions, settle, write_empty
@@ -23,7 +22,6 @@ from cowfence.storage.publish import NewFile
 from cowfence.units import KIB, MIB
 
 if TYPE_CHECKING:
-    from cowfence.qcow2.encryption import Secrets
     from cowfence.storage.rehearsal import Rehearsal
 
 MAX_BLOCK_BYTES: Final = (1 << 31) - 1
@@ -47,42 +45,33 @@ class Copied:
 
 
 def dd(
-    source: str | os.PathLike[str],
+    disk: Disk,
+    source: str,
     target: str | os.PathLike[str],
     *,
-    format: str = "qcow2",
     target_format: str = "raw",
     block_bytes: int = 512,
     count: int | None = None,
     skip: int = 0,
-    refs: Refs | None = None,
-    force_share: bool = False,
-    assume_backing_format: str | None = None,
-    secrets: Secrets | None = None,
     rehearsal: Rehearsal | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Copied:
-    """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``source`` into a new image at ``target``.
+    """Copy ``count`` blocks (None: all), after ``skip`` blocks, of ``disk``, whose name is ``source``, into a new image at
+    ``target``.
 
-    ``rehearsal``: nothing is written to the files. Raises Invalid (the numbers, or ``skip`` past the end), NoSpace, and as
-    ``chain.open_chain`` and ``storage.publish`` do.
+    ``rehearsal``: nothing is written to the files. Raises Invalid (the numbers, or ``skip`` past the end), NoSpace, Corrupt,
+    StorageFailed, and as ``storage.publish`` does.
     """
     if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
         raise Invalid(f"a block size of {block_bytes} bytes; must be between 1 and {MAX_BLOCK_BYTES}")
     if skip < 0 or (count is not None and count < 0):
         raise Invalid("the numbers of blocks to skip and to copy must not be negative")
-    disk = open_chain(
-        source, format=format, refs=refs, force_share=force_share, assume_backing_format=assume_backing_format, secrets=secrets
-    )
-    try:
-        start = skip * block_bytes
-        if start > disk.size:
-            raise Invalid(f"{printable(os.fspath(source))}: cannot skip {start} bytes, the disk has {disk.size}")
-        length_bytes = disk.size - start if count is None else min(disk.size - start, count * block_bytes)
-        written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format, rehearsal, progress)
-        return Copied(os.fspath(source), os.fspath(target), length_bytes, written_bytes)
-    finally:
-        disk.close()
+    start = skip * block_bytes
+    if start > disk.size:
+        raise Invalid(f"{printable(source)}: cannot skip {start} bytes, the disk has {disk.size}")
+    length_bytes = disk.size - start if count is None else min(disk.size - start, count * block_bytes)
+    written_bytes = _copy_into_new(disk, start, length_bytes, target, target_format, rehearsal, progress)
+    return Copied(source, os.fspath(target), length_bytes, written_bytes)
 
 
 def _copy_into_new(

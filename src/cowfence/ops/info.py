@@ -9,13 +9,15 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfence.errors import Unsupported
-from cowfence.qcow2.describe import ImageInfo, describe, describe_other, probe
+from cowfence.qcow2.describe import ImageInfo, describe, describe_luks, describe_other, probe
 from cowfence.storage.file import FileStorage
+from cowfence.units import SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
+    from cowfence.disk.base import Disk
     from cowfence.disk.opener import Refs
 
-__all__ = ["ImageInfo", "info", "info_chain"]
+__all__ = ["ImageInfo", "info", "info_chain", "info_disk"]
 
 
 def info(path: str | os.PathLike[str], *, format: str | None = None, lock: bool = True, force_share: bool = False) -> ImageInfo:
@@ -65,6 +67,15 @@ def info_chain(
         storage.close()
 
 
+def info_disk(disk: Disk, name: str) -> ImageInfo:
+    """Describe an open disk that is no local file. Raises as ``describe`` does."""
+    from cowfence.qcow2.image import Qcow2Disk
+
+    if isinstance(disk, Qcow2Disk):
+        return describe(disk.storage, disk.header)
+    return ImageInfo(name, "raw", align_up(disk.size, SECTOR_BYTES), dirty=None)
+
+
 def _describe(storage: FileStorage, format_name: str | None) -> ImageInfo:
     if format_name is None:
         format_name = probe(storage)
@@ -72,6 +83,8 @@ def _describe(storage: FileStorage, format_name: str | None) -> ImageInfo:
         return describe(storage)
     if format_name == "raw":
         return describe_other(storage, "raw")
+    if format_name == "luks":
+        return describe_luks(storage)
     if format_name == "unknown":
         return describe_other(storage, "unknown")
-    raise Unsupported(storage.name, f"image format {format_name!a}; cowfence knows qcow2 and raw")
+    raise Unsupported(storage.name, f"image format {format_name!a}; cowfence knows qcow2, raw and luks")

@@ -14,9 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cowfence.chain import open_chain
 from cowfence.disk.base import Disk
-from cowfence.disk.opener import Refs
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.describe import JsonValue, allocated_bytes
 from cowfence.qcow2.image import Qcow2Disk
@@ -59,33 +57,20 @@ class _Layer:
     disk: Qcow2Disk | None = None
 
 
-def map_image(
-    path: str | os.PathLike[str],
-    *,
-    format: str = "qcow2",
-    start_offset: int = 0,
-    max_length_bytes: int | None = None,
-    refs: Refs | None = None,
-    force_share: bool = False,
-    assume_backing_format: str | None = None,
-) -> tuple[MapEntry, ...]:
-    """The runs from ``start_offset`` on, clipped to the disk; none where nothing is left of it.
+def map_disk(disk: Disk, name: str, *, start_offset: int = 0, max_length_bytes: int | None = None) -> tuple[MapEntry, ...]:
+    """The runs of the disk whose file has this ``name``, from ``start_offset`` on, clipped to it; none where nothing is left.
 
-    Raises as ``chain.open_chain`` does, and Corrupt for tables that break the format.
+    Raises Corrupt for tables that break the format, StorageFailed.
     """
-    disk = open_chain(path, format=format, refs=refs, force_share=force_share, assume_backing_format=assume_backing_format)
-    try:
-        end = disk.size if max_length_bytes is None else min(disk.size, start_offset + max_length_bytes)
-        if start_offset >= end:
-            return ()
-        layers = _layers(disk, os.fspath(path))
-        extents = disk.extents(start_offset, end - start_offset)
-        sparse = {depth for depth, layer in enumerate(layers) if layer.disk is not None and _has_hidden_holes(layer.disk)}
-        if sparse:
-            extents = merge(_with_holes(extents, layers, sparse))
-        return tuple(_entry(extent, layers) for extent in extents)
-    finally:
-        disk.close()
+    end = disk.size if max_length_bytes is None else min(disk.size, start_offset + max_length_bytes)
+    if start_offset >= end:
+        return ()
+    layers = _layers(disk, name)
+    extents = disk.extents(start_offset, end - start_offset)
+    sparse = {depth for depth, layer in enumerate(layers) if layer.disk is not None and _has_hidden_holes(layer.disk)}
+    if sparse:
+        extents = merge(_with_holes(extents, layers, sparse))
+    return tuple(_entry(extent, layers) for extent in extents)
 
 
 def _layers(disk: Disk | None, name: str) -> list[_Layer]:

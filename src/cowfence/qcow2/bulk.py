@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cowfence.errors import Invalid, NoSpace
-from cowfence.qcow2.create import NewImage, geometry_of, header_of, refcount_shape
+from cowfence.qcow2.create import NewImage, encoded_header, geometry_of, header_of, refcount_shape
 from cowfence.qcow2.entries import ALL_SUBCLUSTERS, BITMAP_SHIFT, COMPRESSED, COPIED, WORD_MASK, Compressed, encode_l2, zeroed
 from cowfence.qcow2.geometry import MAX_L1_BYTES, HostOffset
-from cowfence.qcow2.header import encode
 from cowfence.qcow2.tables import Table, counts_bytes
 from cowfence.storage.base import Buffer
 
@@ -225,10 +224,7 @@ class BulkImage:
             luks_offset=cluster_bytes,
         )
         header = replace(header, refcount_table_offset=HostOffset(places.refcount_table << bits))
-        encoded = encode(header)
-        if len(encoded) > cluster_bytes:
-            raise Invalid(f"the header does not fit into a cluster of {cluster_bytes} bytes")
-        storage.writev(0, (encoded,), "create.header")
+        storage.writev(0, (encoded_header(header),), "create.header")
         if self._wanted.luks_area is not None:
             storage.writev(cluster_bytes, (self._wanted.luks_area,), "create.luks")
         l1 = Table.empty_table(l1_clusters * cluster_bytes)

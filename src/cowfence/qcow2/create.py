@@ -60,11 +60,11 @@ class NewImage:
 def geometry_of(wanted: NewImage) -> Geometry:
     """The geometry, or Invalid with the name of the option that is wrong."""
     cluster_bits = wanted.cluster_bytes.bit_length() - 1
-    if wanted.cluster_bytes != 1 << cluster_bits or not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
-        raise Invalid("cluster size must be a power of two between 512 and 2M")
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS or wanted.cluster_bytes != 1 << cluster_bits:
+        raise Invalid("Cluster size must be a power of two between 512 and 2048k")
     order = wanted.refcount_bits.bit_length() - 1
-    if wanted.refcount_bits != 1 << order or not 0 <= order <= 6:
-        raise Invalid("refcount width must be a power of two and may not exceed 64 bits")
+    if not 0 <= order <= 6 or wanted.refcount_bits != 1 << order:
+        raise Invalid("Refcount width must be a power of two and may not exceed 64 bits")
     if wanted.version not in (2, 3):
         raise Invalid("compatibility level must be 0.10 (version 2) or 1.1 (version 3)")
     if wanted.version == 2:
@@ -79,7 +79,7 @@ def geometry_of(wanted: NewImage) -> Geometry:
             if wrong:
                 raise Invalid(f"{option} needs compatibility level 1.1 or above (use compat=1.1)")
     if wanted.extended_l2 and cluster_bits < MIN_CLUSTER_BITS_EXTENDED_L2:
-        raise Invalid("extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
+        raise Invalid("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes")
     if wanted.data_file_raw and wanted.data_file is None:
         raise Invalid("data_file_raw needs data_file")
     if wanted.data_file_raw and wanted.backing_name is not None:
@@ -87,13 +87,35 @@ def geometry_of(wanted: NewImage) -> Geometry:
     return Geometry(cluster_bits, order, wanted.extended_l2, wanted.version, wanted.data_file is not None)
 
 
+def check_new(wanted: NewImage) -> None:
+    """Raises Invalid for an image that cannot be: its options, the size of its disk, or what its header has to hold."""
+    geometry = geometry_of(wanted)
+    _check_size(geometry, wanted.size_bytes)
+    encoded_header(header_of(wanted, geometry, 1, 0, HostOffset(0)))
+
+
+def _check_size(geometry: Geometry, size_bytes: int) -> None:
+    if geometry.l1_entries_for(size_bytes) * 8 > MAX_L1_BYTES:
+        raise Invalid("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
+
+
+def encoded_header(header: Header) -> bytes:
+    """The first cluster's content. Raises Invalid for names that do not fit into it."""
+    try:
+        encoded = encode(header)
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    if len(encoded) > header.cluster_bytes:
+        raise Invalid(f"the header does not fit into a cluster of {header.cluster_bytes} bytes")
+    return encoded
+
+
 def write_new(storage: Storage, wanted: NewImage) -> Header:
     """Write the image into an empty file. Raises Invalid for options that make no image, and the storage's errors."""
     geometry = geometry_of(wanted)
+    _check_size(geometry, wanted.size_bytes)
     cluster_bytes = geometry.cluster_bytes
     l1_entries = geometry.l1_entries_for(wanted.size_bytes)
-    if wanted.size_bytes < 0 or l1_entries * 8 > MAX_L1_BYTES:
-        raise Invalid(f"an image of {wanted.size_bytes} bytes is too large for clusters of {cluster_bytes} bytes")
     l1_clusters = geometry.clusters_for(l1_entries * 8)
     guest_clusters = geometry.clusters_for(wanted.size_bytes) if wanted.preallocate_metadata else 0
     l2_tables = l1_entries if wanted.preallocate_metadata else 0
@@ -104,9 +126,7 @@ def write_new(storage: Storage, wanted: NewImage) -> Header:
     luks_at = l1_at + l1_clusters << geometry.cluster_bits
     l1_offset = HostOffset(l1_at << geometry.cluster_bits)
     header = header_of(wanted, geometry, table_clusters, l1_entries, l1_offset, luks_offset=luks_at)
-    encoded = encode(header)
-    if len(encoded) > cluster_bytes:
-        raise Invalid(f"the header does not fit into a cluster of {cluster_bytes} bytes")
+    encoded = encoded_header(header)
     total = used + table_clusters + blocks
     storage.truncate(total * cluster_bytes, "create.size")
     _write_refcounts(storage, geometry, table_clusters, blocks, total)

@@ -106,6 +106,18 @@ class FormatInfo:
         return {"type": "qcow2", "data": found}
 
 
+@dataclass(frozen=True, slots=True)
+class LuksInfo:
+    """What a file has that is encrypted as a whole."""
+
+    header: LuksHeader
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        found = _luks_dict(self.header)
+        del found["format"]
+        return {"type": "luks", "data": found}
+
+
 def _luks_dict(luks: LuksHeader) -> dict[str, JsonValue]:
     """As ``qemu-img info`` names and orders it."""
     chaining, _, vectors = luks.mode.partition("-")
@@ -139,22 +151,23 @@ def _luks_dict(luks: LuksHeader) -> dict[str, JsonValue]:
 class ImageInfo:
     """An image, described. Sizes in bytes.
 
-    ``format``: "qcow2", "raw", or "unknown" (nobody said, and it is no qcow2). ``actual_bytes``: what the file takes on its
-    host, None where it is no local file. ``full_backing_filename``: the stored name, seen from here.
+    ``format``: "qcow2", "raw", "luks", or "unknown" (nobody said, and it is no qcow2). ``actual_bytes``: what the file takes on
+    its host, None where it is no local file. ``dirty``: None where nobody knows. ``full_backing_filename``: the stored name,
+    seen from here.
     """
 
     filename: str
-    format: Literal["qcow2", "raw", "unknown"]
+    format: Literal["qcow2", "raw", "luks", "unknown"]
     virtual_bytes: int
     actual_bytes: int | None = None
-    dirty: bool = False
+    dirty: bool | None = False
     cluster_bytes: int | None = None
     encrypted: bool = False
     backing_filename: str | None = None
     full_backing_filename: str | None = None
     backing_format: str | None = None
     snapshots: tuple[Snapshot, ...] = ()
-    specific: FormatInfo | None = None
+    specific: FormatInfo | LuksInfo | None = None
 
     def to_dict(self) -> dict[str, JsonValue]:
         """As ``qemu-img info --output=json`` names and orders it; a key without a value is left out."""
@@ -178,7 +191,8 @@ class ImageInfo:
             found["encrypted"] = True
         if self.backing_filename is not None:
             found["backing-filename"] = self.backing_filename
-        found["dirty-flag"] = self.dirty
+        if self.dirty is not None:
+            found["dirty-flag"] = self.dirty
         return found
 
 
@@ -235,6 +249,15 @@ def describe_other(storage: Storage, format_name: Literal["raw", "unknown"]) -> 
     """A file that is raw by the caller's word, or of a format that nobody knows: only its sizes."""
     # A disk is made of whole sectors; QEMU rounds up as well.
     return ImageInfo(storage.name, format_name, align_up(storage.size(), SECTOR_BYTES), allocated_bytes(storage))
+
+
+def describe_luks(storage: Storage) -> ImageInfo:
+    """A file that is encrypted as a whole; no secret is needed. Raises NotThisFormat, Corrupt, StorageFailed."""
+    from cowfence.qcow2.encryption import read_luks_file
+
+    luks = read_luks_file(storage)
+    size_bytes = align_up(max(storage.size() - luks.payload_sector * SECTOR_BYTES, 0), SECTOR_BYTES)
+    return ImageInfo(storage.name, "luks", size_bytes, allocated_bytes(storage), encrypted=True, specific=LuksInfo(luks))
 
 
 def allocated_bytes(storage: Storage) -> int | None:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from cowfence.errors import Corrupt, Invalid, Unsupported
+from cowfence.errors import Corrupt, Invalid, NotThisFormat, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.extensions import EncryptionPointer, ExtensionType, encode_encryption
 from cowfence.qcow2.header import CRYPT_LUKS, CRYPT_NONE, Header
@@ -129,6 +129,25 @@ def read_luks(storage: Storage, header: Header) -> LuksHeader:
         raise Corrupt(where, str(bad)) from None
     if found.area_bytes > pointer.length_bytes:
         raise Corrupt(where, f"its key material reaches to {found.area_bytes} bytes, it has {pointer.length_bytes}")
+    return found
+
+
+def read_luks_file(storage: Storage) -> LuksHeader:
+    """The header of a file that is encrypted as a whole, without qcow2. Raises NotThisFormat, Corrupt."""
+    from cowfence.codec import luks
+    from cowfence.codec.base import CodecError
+
+    start = bytearray(luks.HEADER_BYTES)
+    read_padded(storage, 0, start)
+    where = f"{storage.name}: LUKS header"
+    try:
+        found = luks.parse(bytes(start))
+    except CodecError as bad:
+        if start[:4] != luks.MAGIC[:4]:
+            raise NotThisFormat(storage.name, "not a LUKS file (at offset 0: no magic string)") from None
+        raise Corrupt(where, str(bad)) from None
+    if found.payload_sector * SECTOR_BYTES < found.area_bytes:
+        raise Corrupt(where, "the data begins inside the key material")
     return found
 
 
@@ -245,6 +264,8 @@ def changed_keys(luks: LuksHeader, area: bytes, change: KeyChange, secrets: Sequ
             raise Invalid("No keyslots match given (old) password for erase operation")
     if not erased:
         raise Invalid("To erase keyslot(s), either 'keyslot' or 'old-secret' must be given")
+    if not change.force and slot is not None and not luks.slots[slot].active:
+        raise Invalid(f"Given keyslot {slot} is already erased (inactive)")
     if not set(luks.active) - set(erased) and not change.force:
         what = f"the only active keyslot {erased[0]}" if len(erased) == 1 else "all active keyslots"
         raise Invalid(f"Attempt to erase {what} which will erase all the data in the image irreversibly - refusing operation")
