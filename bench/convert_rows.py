@@ -13,6 +13,7 @@ from cowfence.units import GIB, MIB
 
 _COWFENCE = [sys.executable, "-m", "cowfence.cli.main"]
 _DISK_BYTES = 4 * GIB
+_USR_LIB_BYTES = 256 * MIB
 
 
 def mixed_disk(folder: Path) -> Path:
@@ -36,6 +37,22 @@ def mixed_disk(folder: Path) -> Path:
                 file.seek(at)
                 file.write(data)
             at += length
+    return path
+
+
+def usr_lib_disk(folder: Path) -> Path:
+    """256 MiB of what a system has in /usr/lib: its files one behind the other, in the order of their names."""
+    path = folder / "usr-lib.raw"
+    if path.exists():
+        return path
+    left = _USR_LIB_BYTES
+    with path.open("wb") as disk:
+        for file in sorted(Path("/usr/lib").rglob("*")):
+            if left and file.is_file() and not file.is_symlink():
+                data = file.read_bytes()[:left]
+                disk.write(data)
+                left -= len(data)
+        disk.truncate(_USR_LIB_BYTES)
     return path
 
 
@@ -74,19 +91,24 @@ def plain(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
     yield Row("P1", "convert raw to qcow2, 4 GiB mixed", version_of("qemu-img"), theirs, ours, "s", 1.2, "low")
 
 
-def _compressed(number: str, kind: str, target: float, fast: Path, pairs: int) -> Row:
+def _compressed(
+    number: str, work: str, kind: str, target: float, source: Path, fast: Path, pairs: int, *, effort: str = ""
+) -> Row:
     words = ["-c", "-o", f"compression_type={kind}", *_PLAIN]
-    theirs, ours, (peer_bytes, own_bytes) = _pair(max(1, pairs // 2), [[*_MANY, *words]], words, mixed_disk(fast), fast)
+    ours = ["--effort", effort, *words] if effort else words
+    peer, own, (peer_bytes, own_bytes) = _pair(max(1, pairs // 2), [[*_MANY, *words]], ours, source, fast)
     note = f"file {100 * own_bytes / peer_bytes - 100:+.1f} %"
-    return Row(number, f"the same, compressed ({kind})", version_of("qemu-img"), theirs, ours, "s", target, "low", note)
+    return Row(number, f"{work}, compressed ({kind})", version_of("qemu-img"), peer, own, "s", target, "low", note)
 
 
 def zlib(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
-    yield _compressed("P2", "zlib", 6.0, fast, pairs)
+    for work, source in (("the same", mixed_disk(fast)), ("256 MiB of /usr/lib", usr_lib_disk(fast))):
+        yield _compressed("P2", work, "zlib", 6.0, source, fast, pairs)
+        yield _compressed("P2", f"{work}, best effort", "zlib", 1.5, source, fast, pairs, effort="best")
 
 
 def zstd(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001
-    yield _compressed("P3", "zstd", 1.5, fast, pairs)
+    yield _compressed("P3", "the same", "zstd", 1.5, mixed_disk(fast), fast, pairs)
 
 
 def back(fast: Path, slow: Path, pairs: int) -> Iterator[Row]:  # noqa: ARG001

@@ -141,6 +141,13 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
     with pytest.raises(CowfenceError, match=r"c\.toml"):
         ctl("reload")
     assert sorted(names()) == ["disk", "other"]
+    # What a backup is made of stays.
+    ctl("backup-begin", export="disk", name="moment")
+    (folder / "c.toml").write_text('[server]\nsocket = "sock"\ncontrol = "control"\n[[export]]\nname = "b"\nimage = "b"\n')
+    assert ctl("reload") == {"added": ["b"], "removed": ["other"], "in-use": ["disk"]}
+    ctl("backup-end", name="moment")
+    assert ctl("reload") == {"added": [], "removed": ["disk"], "in-use": []}
+    assert names() == ["b"]
     stop(server)
 
 

@@ -28,13 +28,14 @@ import math
 import select
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from cowfence.disk.base import Disk, Verb
-from cowfence.errors import Invalid
+from cowfence.errors import Closed, Invalid
 from cowfence.nbd import listening
 from cowfence.nbd.connection import Connection, Limits
 from cowfence.nbd.export import Export, ExportTable
@@ -101,6 +102,7 @@ class Server:
         self._negotiating: deque[Connection] = deque()
         self._pools: dict[int, tuple[Export, Workers]] = {}
         self._calls: deque[Callable[[], None]] = deque()
+        self._calling = threading.Lock()
         self._next_idle_look = math.inf if self._limits.idle_seconds is None else 0.0
         self._stop_wanted = False
         self._stop_deadline: float | None = None
@@ -172,8 +174,11 @@ class Server:
         self._bell.ring()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have the serving thread call ``function``, between two requests. From any thread; not after it has ended."""
-        self._calls.append(function)
+        """Have the serving thread call ``function``, between two requests. From any thread. Raises Closed once it has ended."""
+        with self._calling:
+            if self._closed:
+                raise Closed("the server has ended")
+            self._calls.append(function)
         self._bell.ring()
 
     def _pool_of(self, export: Export) -> Workers:
@@ -244,9 +249,12 @@ class Server:
 
     def close(self) -> None:
         """Close everything at once; for a server that never came to ``serve_forever``, which does it at its end."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._calling:
+            if self._closed:
+                return
+            self._closed = True
+        while self._calls:
+            self._calls.popleft()()
         self._close_listeners()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server has ended")

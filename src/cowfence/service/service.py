@@ -185,7 +185,8 @@ class Service:
 
     def reload(self) -> dict[str, list[str]]:
         """Read the configuration again: exports that are new in it are opened, those that it has no more are closed when their
-        last client has left. One that is described otherwise now is both, where it has no clients; else it stays as it is.
+        last client has left. One that is described otherwise now is both, where it has no clients; else it stays as it is. So
+        does one of which there is a backup.
 
         Returns the names: ``added``, ``removed``, ``in-use``. Raises Invalid where there is no configuration, or it is wrong;
         then all is as it was. Where an image cannot be opened, the others are still brought up to date.
@@ -195,8 +196,10 @@ class Service:
         with self._changing:
             wanted = {plan.spec.name: plan for plan in self._again().exports}
             changed = [name for name, plan in self._plans.items() if name in wanted and wanted[name] != plan]
-            in_use = [name for name in changed if self.registry[name].stats.clients]
-            gone = [name for name in self._plans if name not in wanted]
+            backed_up = {name for name in self._plans if self._has_backup(name)}
+            in_use = [name for name in changed if name in backed_up or self.registry[name].stats.clients]
+            in_use += [name for name in backed_up if name not in wanted]
+            gone = [name for name in self._plans if name not in wanted and name not in backed_up]
             replaced = [name for name in changed if name not in in_use]
             for name in [*gone, *replaced]:
                 for moment in [other for other in self.registry if other.startswith(moment_name(name, ""))]:
@@ -215,6 +218,13 @@ class Service:
             if failed is not None:
                 raise failed
             return {"added": new, "removed": [*gone, *replaced], "in-use": in_use}
+
+    def _has_backup(self, name: str) -> bool:
+        served = self.registry.served(name)
+        others = (self.registry.served(other) for other in self.registry)
+        return isinstance(served, OpenedExport) and any(
+            isinstance(other, Backup) and other.disk is served.image for other in others
+        )
 
     def begin_backup(
         self, name: str, of: str, opened: OpenedExport, *, bitmap: str | None = None, next_bitmap: str | None = None
