@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -22,6 +23,7 @@ from cowfence.nbd.listening import Listener, listen_unix
 
 _log = logging.getLogger(__name__)
 _LINE_MAX_BYTES: Final = 64 * 1024
+_LAST_SECONDS: Final = 10.0
 _OWNER_ONLY: Final = 0o177
 
 Command = Callable[[Mapping[str, Any]], object]
@@ -41,7 +43,7 @@ class ControlServer:
         finally:
             os.umask(before)
         self._listener.sock.setblocking(True)
-        self._clients: set[socket.socket] = set()
+        self._clients: dict[socket.socket, threading.Thread] = {}
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
 
@@ -54,9 +56,10 @@ class ControlServer:
                 client, _ = self._listener.sock.accept()
             except OSError:
                 return  # closed
+            thread = threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True)
             with self._guard:
-                self._clients.add(client)
-            threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True).start()
+                self._clients[client] = thread
+            thread.start()
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -69,7 +72,7 @@ class ControlServer:
             pass  # it left
         finally:
             with self._guard:
-                self._clients.discard(client)
+                self._clients.pop(client, None)
 
     def _answer(self, line: bytes) -> dict[str, object]:
         try:
@@ -90,15 +93,23 @@ class ControlServer:
             return {"error": f"internal error: {type(error).__name__}", "kind": "CowfenceError"}
 
     def close(self) -> None:
-        """Answer nobody any more. What is being done comes to its end."""
+        """Take no more requests. What is being done comes to its end, and who asked for it is told, if that takes no longer
+        than ``_LAST_SECONDS``."""
         # Closing alone would leave the thread waiting in accept.
         with suppress(OSError):
             self._listener.sock.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._guard:
-            for client in self._clients:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
+            clients = dict(self._clients)
+        for client in clients:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + _LAST_SECONDS
+        for client, thread in clients.items():
+            with suppress(RuntimeError):  # not started yet
+                thread.join(max(0.0, deadline - time.monotonic()))
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
 
 def ask(path: str, request: Mapping[str, object], *, timeout_seconds: float | None = None) -> object:
