@@ -64,6 +64,8 @@ class Service:
         self._again = again
         self._plans: dict[str, ExportPlan] = {}
         self._changing = threading.Lock()
+        self._hung_up = threading.Lock()
+        self._reload_waits = False
         self._began = time.monotonic()
         self.registry = Registry()
         self._files = ExitStack()
@@ -131,15 +133,18 @@ class Service:
     def _on_hangup(self) -> None:
         if self._again is None:
             self.server.stop()
-        else:
+        elif not self._reload_waits:
             # Opening images is no business of a signal handler, nor of the thread that serves.
+            self._reload_waits = True
             threading.Thread(target=self._reload_and_tell, name="reload").start()
 
     def _reload_and_tell(self) -> None:
-        try:
-            _log.info("the configuration was read again: %s", self.reload())
-        except CowfenceError as error:
-            _log.error("the configuration is as before: %s", error)
+        with self._hung_up:
+            self._reload_waits = False
+            try:
+                _log.info("the configuration was read again: %s", self.reload())
+            except CowfenceError as error:
+                _log.error("the configuration is not, or not wholly, as the file says: %s", error)
 
     # --- exports ---
 
