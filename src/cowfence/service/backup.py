@@ -67,7 +67,7 @@ class Backup:
             view = open_moment(
                 disk, path, self._snapshot, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
             )
-            ranges = () if bitmap is None else tuple(disk.bitmaps.ranges(bitmap))
+            ranges = None if bitmap is None else disk.bitmaps.bits_of(bitmap).ranges
         except BaseException:
             if view is not None:
                 view.close()
@@ -80,7 +80,7 @@ class Backup:
             self._view,
             read_only=True,
             description=f"as it was when the backup {name} began",
-            bitmaps={} if bitmap is None else {bitmap: lambda: list(ranges)},
+            bitmaps={} if bitmap is None or ranges is None else {bitmap: ranges},
             allocation_depth=True,
             clients=clients,
         )

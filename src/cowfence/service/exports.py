@@ -199,6 +199,6 @@ def _bitmaps(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> 
         assert isinstance(image, cowfence.Qcow2Disk)  # since _check
         if all(bitmap.name != name for bitmap in image.bitmaps):
             raise Invalid(f"Bitmap '{name}' is not found")
-        image.bitmaps.ranges(name)  # raises where it is inconsistent
-        found[name] = lambda name=name: image.bitmaps.ranges(name)  # type: ignore[misc]
+        image.bitmaps.bits_of(name)  # raises where it is inconsistent
+        found[name] = lambda offset, end, name=name: image.bitmaps.bits_of(name).ranges(offset, end)  # type: ignore[misc]
     return found
