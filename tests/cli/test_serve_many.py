@@ -82,6 +82,12 @@ def stop(server: subprocess.Popen[str]) -> None:
     assert server.returncode == 0
 
 
+def gone(export: str) -> None:
+    """Until the server knows that its clients have left."""
+    while ctl("status")["exports"][export]["clients"]:
+        time.sleep(0.01)
+
+
 def names() -> list[str]:
     return [listed.name for listed in list_exports(uri())]
 
@@ -132,6 +138,7 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         assert names() == ["disk", "other"]
         assert old.read(0, 1) == b"r"
         assert disk.read(0, 3) == b"moo"
+    gone("disk")
     server.send_signal(signal.SIGHUP)
     for _ in range(200):
         if list_exports(uri())[0].description or names()[-1:] == ["disk"]:
@@ -457,8 +464,7 @@ def test_backups_of_one_name_one_right_after_another(start: Start) -> None:
                 assert backup.read(0, 4096) == bytes([number]) * 4096
                 with pytest.raises(CowfenceError, match="has clients"):
                     ctl("backup-end", name="then")
-            while ctl("status")["exports"]["then"]["clients"]:
-                time.sleep(0.01)
+            gone("then")
             ctl("backup-end", name="then")
             assert ctl("snapshot-list") == []
     stop(server)
@@ -479,8 +485,7 @@ def test_a_reload_waits_for_nobody_who_uses_a_snapshot(folder: Path, start: Star
         with pytest.raises(CowfenceError, match="is exported"):
             ctl("snapshot-delete", export="disk", name="2")
         assert then.read(MIB, 1) == b"\7"
-    while ctl("status")["exports"]["disk@s"]["clients"]:
-        time.sleep(0.01)
+    gone("disk@s")
     assert ctl("reload") == {"added": ["disk"], "removed": ["disk"], "in-use": []}
     assert sorted(names()) == ["disk", "disk@other"]
     stop(server)

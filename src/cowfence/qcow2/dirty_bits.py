@@ -79,7 +79,7 @@ class DirtyBits:
             self.mark(offset, inside)
 
     def ranges(self, offset: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-        """The dirty ranges (offset, length in bytes) of the granules between two offsets, in order; the last ends with the disk.
+        """The dirty ranges (offset, length in bytes) of the granules between two offsets, in order; the last ends as the disk.
         They are looked for as they are asked for: there may be millions."""
         bits_end = self.count if end is None else min(self.count, div_up(end, 1 << self.granularity_bits))
         bits_start = offset >> self.granularity_bits
