@@ -187,6 +187,8 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         ("[[export]]\nimage = 'a'\nclients = ['x']", "TLS"),
         ("[[export]]\nimage = 'raw'\nformat = 'raw'\nbitmaps = ['x']", "neither bitmaps"),
         ("[", "c.toml"),
+        pytest.param("a = " + "[" * 100_000, "too deep", id="deep"),
+        pytest.param("a = " + "1" * 6000, "c.toml", id="long"),
     ],
 )
 def test_what_is_wrong_in_a_configuration(folder: Path, text: str, what: str) -> None:

@@ -74,8 +74,10 @@ def read_config(path: str) -> ServiceConfig:
             found = tomllib.load(file)
     except OSError as error:
         raise StorageFailed(path, "open", 0, error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of bytes that are no text, and of numbers that are too long
         raise Invalid(f"{path}: {error}") from None
+    except RecursionError:
+        raise Invalid(f"{path}: too deep") from None
     base = os.path.dirname(os.path.abspath(path))
     try:
         return _config(found, base)
