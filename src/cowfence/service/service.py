@@ -18,7 +18,7 @@ from cowfence.nbd.server import Server
 from cowfence.service.backup import Backup, Moment
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
 from cowfence.service.control import ControlServer
-from cowfence.service.exports import OpenedExport
+from cowfence.service.exports import OpenedExport, is_export_name
 from cowfence.service.registry import Registry, Served
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Service:
                     clients=plan.spec.clients,
                 )
                 name = moment_name(plan.spec.name, snapshot.name)
-                if name in self.registry:  # QEMU makes several snapshots of one name
+                if name in self.registry or not is_export_name(name):  # QEMU makes several snapshots of one name
                     name = moment_name(plan.spec.name, snapshot.id)
                 try:
                     self.registry.add(name, moment)
@@ -251,6 +251,8 @@ class Service:
         with self._changing:
             if name in self.registry:
                 raise Invalid(f"there is an export {name!a} already")
+            if not is_export_name(name):
+                raise Invalid(f"the name of an export is UTF-8, which {name!a} is not")
             plan = self._plans[of]
             secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
             backup = Backup(
