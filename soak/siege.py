@@ -1,4 +1,4 @@
-"""``python -m soak.siege``: what a good client gets alone, and beside clients that mean no good. Less than half: exit code 1."""
+"""``python -m soak.siege``: what a good client gets alone, and beside those that mean no good. Exit code 1: less than half."""
 
 from __future__ import annotations
 
