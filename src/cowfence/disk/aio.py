@@ -3,7 +3,8 @@
 **Cancellation.** A task that is cancelled gets its CancelledError at once. Of its request there are two cases. If it was not
 begun, it is not done at all. If it was begun, it is *abandoned*: carried to its end in the background with the bytes that were
 given, so that a write never tears. Until then, requests that overlap it wait: otherwise an abandoned write could land on top
-of a later one that was acknowledged, and a read could see its range change once more. ``close`` waits for all of them.
+of a later one that was acknowledged, and a read could see its range change once more. ``close`` waits for all of them. (A task
+is cancelled once it is done. Between ``task.cancel()`` and that, its request is one of two that run at the same time.)
 
 **Ownership.** A disk belongs to the event loop and the process in which it was made; others are refused.
 """
