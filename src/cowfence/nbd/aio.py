@@ -7,7 +7,8 @@ Requests of all tasks are sent as they come, up to a bound, and answered in any 
 offer the same export on the same terms; else, and where a server breaks the protocol, the disk has failed for good. What
 happens to each request, and why that is safe:
 
-- *Reads and block status* that were not answered are asked again: they change nothing. Each for ``reconnect_seconds`` at most.
+- *Reads and block status* that were not answered, or to which the server said that it stops, are asked again: they change
+  nothing. Each for ``reconnect_seconds`` at most.
 - *Writes, zeroes and discards* that were not answered fail. The server may have done them, in part or not, and may even do
   them yet, while it works off what it had received on the old connection: NBD has no way to make sure. So they are never
   repeated, and later ones that overlap them are refused: such a late write could land on top of what was acknowledged since.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Final
 
 from cowfence.disk.aio import AsyncDisk, overlaps, owned, range_of
@@ -35,7 +37,7 @@ from cowfence.extents import Extent
 from cowfence.nbd.aio_connection import Connection
 from cowfence.nbd.client_transmission import Completion
 from cowfence.nbd.framing import Style
-from cowfence.nbd.messages import BASE_ALLOCATION, ProtocolError
+from cowfence.nbd.messages import BASE_ALLOCATION, NbdErrno, ProtocolError
 from cowfence.nbd.terms import Piece, Terms, allocation_extent, unknown_extent
 from cowfence.nbd.uri import NbdUri
 
@@ -219,17 +221,29 @@ class AsyncNbdDisk(AsyncDisk):
             if flushing is not None:
                 self._check_promise()
             found = await self._exchange(connection, [pieces[index] for index in left], flushing)
-            completions |= {index: completion for index, completion in zip(left, found, strict=True) if completion is not None}
-            if None in found and (flushing is None or self._promise_broken is None):
+            completions |= {
+                index: completion
+                for index, completion in zip(left, found, strict=True)
+                if completion is not None and not self._is_leaving(completion)
+            }
+            if len(completions) < len(pieces) and (flushing is None or self._promise_broken is None):
                 deadline = self._patience(connection, deadline)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        await connection.ended.wait()
         return [completions[index] for index in range(len(pieces))]
 
+    def _is_leaving(self, completion: Completion) -> bool:
+        """The server stops, and will close the connection: as if it had not answered, where there may be another."""
+        return completion.error == NbdErrno.ESHUTDOWN and self._reconnect_seconds > 0
+
     def _patience(self, connection: Connection, deadline: float | None) -> float:
-        """Until when a request that met a lost connection may look for another. Raises the loss where that time is over."""
+        """Until when a request that met the end of a connection may look for another. Raises that where the time is over."""
         now = self._loop.time()
         deadline = now + self._reconnect_seconds if deadline is None else deadline
         if now >= deadline:
-            self._answered(connection, None)
+            stopping = OSError(errno.ESHUTDOWN, "the server is stopping")
+            raise (connection.lost or StorageFailed(self._name, "exchange", 0, stopping)).with_traceback(None)
         return deadline
 
     def _check_change(self, request: Request) -> None:

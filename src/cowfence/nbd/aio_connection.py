@@ -44,9 +44,9 @@ class _Sent:
 
 
 class Connection:
-    """Made by ``open``. ``lost``: why it has ended; ``on_lost`` is called once, before anybody is told. ``answered``: at least
-    one reply came. Then ``unflushed``: changes were acknowledged that no flush covers; ``unanswered_changes``: the server may
-    make them, or not."""
+    """Made by ``open``. ``lost``: why it has ended; ``ended`` is set then. ``on_lost`` is called once, before anybody is told.
+    ``answered``: at least one reply came. ``unflushed``: changes were acknowledged that no flush covers.
+    ``unanswered_changes``, once it is lost: the server may make them, or not."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Connection:
         self.on_lost: Callable[[Connection], None] = lambda _: None
         self.unanswered_changes: list[Piece] = []
         self.answered = False
+        self.ended = asyncio.Event()
         self._reader, self._writer = streams
         self._writer.transport.set_write_buffer_limits(_UNSENT_BYTES)
         self._tls = tls
@@ -152,6 +153,8 @@ class Connection:
                     self._writer.write(self._tls.take())
                 for completion in self._machine.receive(data):
                     self._take(completion)
+                if self._tls is not None and self._tls.ended:
+                    break
             raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         except OSError as error:
             self._lose(StorageFailed(self.terms.name, "exchange", 0, error))
@@ -188,6 +191,7 @@ class Connection:
         self.lost = error
         self.unanswered_changes = [sent.piece for sent in self._sent.values() if sent.piece.command in _CHANGES]
         self.on_lost(self)
+        self.ended.set()
         for sent in self._sent.values():
             self._slots.release()
             if not sent.reply.done():

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -552,6 +553,29 @@ def test_reconnecting_has_an_end(tmp_path: Path, way: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_server_that_stops_is_waited_for(tmp_path: Path, comes_back: bool) -> None:
+    def answer(server: Scripted, request: RequestHeader, data: bytes) -> bytes:
+        if server.connections > 1:
+            return fine(server, request, data)
+        return helpers_nbd.encode_error_chunk(request.cookie, m.NbdErrno.ESHUTDOWN, "bye")
+
+    async def main() -> None:
+        async with Scripted(tmp_path, answer) as server, connected(server, reconnect_seconds=0.2) as disk:
+            reads = [asyncio.create_task(disk.read(index, 1)) for index in range(5)]
+            await asyncio.sleep(0.02)
+            if comes_back:
+                await server.stop()
+                await server.start()
+                assert await asyncio.gather(*reads) == [b"\0"] * 5
+            else:
+                assert all("stopping" in str(error) for error in await asyncio.gather(*reads, return_exceptions=True))
+            assert server.connections == 1 + comes_back
+            assert len(server.requests) <= 10
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_task_does_not_end_the_reconnecting_of_others(tmp_path: Path) -> None:
     async def main() -> None:
         async with Scripted(tmp_path) as server, connected(server, reconnect_seconds=5) as disk:
@@ -648,7 +672,7 @@ async def foreign(argv: list[str], socket_path: Path) -> AsyncIterator[subproces
     process = subprocess.Popen([require(argv[0]), *argv[1:]], stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 10
-        while not socket_path.exists():
+        while not listens(socket_path):
             assert process.poll() is None
             assert time.monotonic() < end
             await asyncio.sleep(0.01)
@@ -656,6 +680,11 @@ async def foreign(argv: list[str], socket_path: Path) -> AsyncIterator[subproces
     finally:
         process.kill()
         await asyncio.to_thread(process.wait)
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def nbdkit(path: Path, *arguments: str) -> list[str]:
