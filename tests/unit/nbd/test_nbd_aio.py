@@ -27,7 +27,7 @@ from cowfence.nbd.aio import AsyncNbdDisk
 from cowfence.nbd.export import Export
 from cowfence.nbd.framing import Style
 from cowfence.nbd.handshake import ServerHandshake
-from cowfence.nbd.messages import BASE_ALLOCATION, Command, ProtocolError, RequestHeader, TransmissionFlag
+from cowfence.nbd.messages import BASE_ALLOCATION, Command, CommandFlag, ProtocolError, RequestHeader, TransmissionFlag
 from cowfence.nbd.negotiation import ExportInfo
 from cowfence.nbd.server import Server
 from cowfence.nbd.tls import server_context
@@ -549,6 +549,66 @@ def test_reconnecting_has_an_end(tmp_path: Path, way: str) -> None:
                 assert all(isinstance(error, StorageFailed) for error in failed)
                 assert 0.2 < time.monotonic() - began < 1
             assert server.connections < 20  # the pauses grow
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flush_that_succeeds_has_kept_everything(tmp_path: Path, seed: int) -> None:
+    """The server loses what is not flushed, again and again, while tasks write, flush, read and are cancelled."""
+    rng = random.Random(seed)
+    durable = bytearray(MIB)
+    crashes = 0
+    length = 3 * 4096 // 2
+
+    async def answer(server: Scripted, request: RequestHeader, data: bytes, connection: int) -> bytes:
+        await asyncio.sleep(rng.random() * 0.001)
+        if connection != server.connections:
+            return b""  # died with its process
+        reply = fine(server, request, data)
+        if request.command == Command.FLUSH or request.flags & CommandFlag.FUA:
+            durable[:] = server.bytes
+        return reply
+
+    def crashing(server: Scripted, request: RequestHeader, data: bytes) -> bytes | Awaitable[bytes] | None:
+        nonlocal crashes
+        if rng.random() > 0.01:
+            return answer(server, request, data, server.connections)
+        crashes += 1
+        server.bytes[:] = durable
+        server.connections += 1
+        return None
+
+    async def write(disk: AsyncNbdDisk, region: int, acknowledged: dict[int, int]) -> None:
+        for version in range(durable[region * length] + 1, 256):
+            fua = rng.random() < 0.1
+            await disk.write(region * length, bytes([version]) * length, fua=fua)
+            acknowledged[region] = version
+            assert not fua or durable[region * length] == version
+            if rng.random() < 0.2:
+                before = dict(acknowledged)
+                await disk.flush()
+                for other, least in before.items():
+                    assert durable[other * length] >= least
+
+    async def read(disk: AsyncNbdDisk, region: int) -> None:
+        while True:
+            assert len(await disk.read(region * length, length)) == length
+
+    async def main() -> None:
+        async with Scripted(tmp_path, crashing, most_bytes=4096) as server:
+            while crashes < 12:
+                async with connected(server, reconnect_seconds=5) as disk:
+                    acknowledged: dict[int, int] = {}
+                    tasks = [asyncio.create_task(write(disk, region, acknowledged)) for region in range(6)]
+                    tasks += [asyncio.create_task(read(disk, region)) for region in range(6)]
+                    await asyncio.sleep(0.02)
+                    for task in tasks:
+                        task.cancel()
+                    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                        assert outcome is None or isinstance(outcome, StorageFailed | ReadOnly | asyncio.CancelledError), (
+                            outcome
+                        )
 
     asyncio.run(main())
 
