@@ -4,6 +4,9 @@
         await disk.write(0, b"hello")
         await disk.flush()
 
+``open`` and ``create`` take the arguments of ``cowfence.open`` and ``cowfence.create`` and raise the same, where they are
+awaited or entered.
+
 The core underneath is the synchronous one. A request is tried at once in the event loop, without waiting: what the page cache
 can serve costs no thread. What would have to wait, and what is long, goes to a small pool of threads that each disk has for
 itself, so that slow requests overlap and never stop the loop. The queue in front of the pool is bounded; who finds it full
@@ -24,6 +27,7 @@ import cowfence
 from cowfence.disk.aio import AsyncDisk, Opening, owned, range_of
 from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
 from cowfence.extents import Extent
+from cowfence.nbd.messages import BASE_ALLOCATION
 from cowfence.units import MIB
 
 if TYPE_CHECKING:
@@ -156,6 +160,7 @@ def _those_at_once(requests: Sequence[Request]) -> list[int]:
     return chosen
 
 
+# The signatures and docstrings, overloads included, are those of the functions that are wrapped.
 def _opener(function: Callable[P, Disk]) -> Callable[P, Opening[PooledDisk]]:
     @functools.wraps(function)
     def opener(*args: P.args, **kwargs: P.kwargs) -> Opening[PooledDisk]:
@@ -186,8 +191,18 @@ open = _opener(cowfence.open)
 create = _opener(cowfence.create)
 
 
-def open_nbd(uri: str | NbdUri, *, reconnect_seconds: float = 0.0) -> Opening[AsyncNbdDisk]:
-    """The disk at an NBD URI; see ``nbd.aio.AsyncNbdDisk``."""
+def open_nbd(
+    uri: str | NbdUri,
+    *,
+    timeout_seconds: float | None = 30.0,
+    contexts: Sequence[str] = (BASE_ALLOCATION,),
+    reconnect_seconds: float = 0.0,
+) -> Opening[AsyncNbdDisk]:
+    """The disk at an NBD URI; see ``nbd.aio.AsyncNbdDisk.connect``."""
     from cowfence.nbd.aio import AsyncNbdDisk
 
-    return Opening(lambda: AsyncNbdDisk.connect(uri, reconnect_seconds=reconnect_seconds))
+    return Opening(
+        lambda: AsyncNbdDisk.connect(
+            uri, timeout_seconds=timeout_seconds, contexts=contexts, reconnect_seconds=reconnect_seconds
+        )
+    )
