@@ -128,8 +128,9 @@ class Connection:
             with suppress(OSError):  # ``lost`` tells
                 await self._writer.drain()
             await self._slots.acquire()
-            if self.lost is not None:
+            if self._writer.is_closing():
                 self._slots.release()
+                await self.ended.wait()  # what arrived before is taken first
                 return None
             if not self._sent:
                 self._heard = self._loop.time()
