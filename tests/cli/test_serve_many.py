@@ -79,6 +79,13 @@ def stop(server: subprocess.Popen[str]) -> None:
     assert server.returncode == 0
 
 
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def names() -> list[str]:
     return [listed.name for listed in list_exports(uri())]
 
@@ -129,11 +136,9 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         assert names() == ["disk", "other"]
         assert old.read(0, 1) == b"r"
         assert disk.read(0, 3) == b"moo"
+    until(lambda: not ctl("status")["exports"]["disk"]["clients"])
     server.send_signal(signal.SIGHUP)
-    for _ in range(200):
-        if list_exports(uri())[0].description or names()[-1:] == ["disk"]:
-            break
-        time.sleep(0.05)
+    until(lambda: {listed.name: listed.description for listed in list_exports(uri())}.get("disk") == "new")
     assert {listed.name: listed.description for listed in list_exports(uri())} == {"disk": "new", "other": ""}
     with NbdDisk(uri("disk")) as disk:
         assert disk.read(0, 3) == b"moo"

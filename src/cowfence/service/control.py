@@ -23,6 +23,7 @@ from cowfence.nbd.listening import Listener, listen_unix
 _log = logging.getLogger(__name__)
 _LINE_MAX_BYTES: Final = 64 * 1024
 _OWNER_ONLY: Final = 0o177
+_ANSWER_SECONDS: Final = 10.0
 
 Command = Callable[[Mapping[str, Any]], object]
 
@@ -41,7 +42,7 @@ class ControlServer:
         finally:
             os.umask(before)
         self._listener.sock.setblocking(True)
-        self._clients: set[socket.socket] = set()
+        self._clients: dict[socket.socket, threading.Thread] = {}
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
 
@@ -55,8 +56,9 @@ class ControlServer:
             except OSError:
                 return  # closed
             with self._guard:
-                self._clients.add(client)
-            threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True)
+                self._clients[client] = thread
+            thread.start()
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -69,7 +71,7 @@ class ControlServer:
             pass  # it left
         finally:
             with self._guard:
-                self._clients.discard(client)
+                self._clients.pop(client, None)
 
     def _answer(self, line: bytes) -> dict[str, object]:
         try:
@@ -96,9 +98,13 @@ class ControlServer:
             self._listener.sock.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._guard:
-            for client in self._clients:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
+            waiting = dict(self._clients)
+        for client, thread in waiting.items():
+            # No more requests; what was asked is still answered.
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RD)
+            if thread is not threading.current_thread():
+                thread.join(_ANSWER_SECONDS)
 
 
 def ask(path: str, request: Mapping[str, object], *, timeout_seconds: float | None = None) -> object:

@@ -15,11 +15,11 @@ import cowfence
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.server import Server
-from cowfence.service.backup import Backup, Moment
+from cowfence.service.backup import Backup, Moment, take_back
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
 from cowfence.service.control import ControlServer
 from cowfence.service.exports import OpenedExport
-from cowfence.service.registry import Registry, Served
+from cowfence.service.registry import Registry, Served, left_alone
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -247,6 +247,26 @@ class Service:
                 clients=plan.spec.clients,
             )
             self.registry.add(name, backup)
+
+    def end_backup(self, name: str, *, failed: bool) -> None:
+        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one is removed.
+
+        Raises Invalid where there is no such backup, or it has clients, and what the bitmaps raise.
+        """
+        with self._changing:
+            backup = self.registry.served(name)
+            if not isinstance(backup, Backup):
+                raise Invalid(f"the export {name!a} is no backup")
+            if not left_alone(backup.export):
+                raise Invalid(f"the backup {name!a} has clients")
+            self.remove(name)
+            # Its snapshot is gone when this returns, and nobody takes the image away before.
+            self.registry.wait_until_closed(backup)
+            if backup.bitmap is not None and backup.next_bitmap is not None:
+                if failed:
+                    take_back(backup.disk, backup.bitmap, backup.next_bitmap)
+                else:
+                    backup.disk.bitmaps.remove(backup.bitmap)
 
     def begin_backup_of_only(self, name: str) -> None:
         """The same of the only export."""
