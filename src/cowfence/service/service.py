@@ -249,7 +249,7 @@ class Service:
             self.registry.add(name, backup)
 
     def end_backup(self, name: str, *, failed: bool) -> None:
-        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one is removed.
+        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
 
         Raises Invalid where there is no such backup, or it has clients, and what the bitmaps raise.
         """
