@@ -127,7 +127,7 @@ def _server_transmission(rng: random.Random) -> None:
     content[4096:65536] = bytes(61_440)
     writable = rng.random() < 0.7
     disk = RawDisk(MemoryStorage(bytes(content)))
-    export = Export(disk, read_only=not writable, bitmaps={"b": lambda: [(0, 4096), (8192, 10)]})
+    export = Export(disk, read_only=not writable, bitmaps={"b": lambda *_: [(0, 4096), (8192, 10)]})
     side = ServerTransmission(SIZE, writable=writable, block_bytes=4096, style=style, contexts=(1, 2) if style else ())
     said: list[Reply] = []
     try:

@@ -173,6 +173,7 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         ),
         (["create", "-b", "y", "x", "1M"], "x: Backing file specified without backing format"),
         (["create", "-b", "json:{}", "-F", "raw", "x", "1M"], "json:{}: refused: the backing file's name has a protocol"),
+        pytest.param(["info", "json:" + "[" * 100_000], "Could not parse the JSON options: too deep", id="deep"),
         (["create", "-u", "-b", "nbd:a", "-F", "raw", "x", "1M"], "nbd:a: refused: the backing file's name has a protocol"),
         (["create", "-b", "y", "-F", "raw", "x", "1M"], "y: open at offset 0: No such file"),
         (["create", "-f", "raw", "-o", "cluster_size=4k", "x", "1M"], "x: Invalid parameter 'cluster_size'"),

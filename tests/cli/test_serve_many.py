@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import socket
+import struct
 import subprocess
 import threading
 import time
@@ -86,6 +89,12 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def gone(export: str) -> None:
+    """Until the server knows that its clients have left."""
+    while ctl("status")["exports"][export]["clients"]:
+        time.sleep(0.01)
+
+
 def names() -> list[str]:
     return [listed.name for listed in list_exports(uri())]
 
@@ -136,7 +145,7 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         assert names() == ["disk", "other"]
         assert old.read(0, 1) == b"r"
         assert disk.read(0, 3) == b"moo"
-    until(lambda: not ctl("status")["exports"]["disk"]["clients"])
+    gone("disk")
     server.send_signal(signal.SIGHUP)
     until(lambda: {listed.name: listed.description for listed in list_exports(uri())}.get("disk") == "new")
     assert {listed.name: listed.description for listed in list_exports(uri())} == {"disk": "new", "other": ""}
@@ -174,10 +183,16 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         ("[server]\nclients = 0\n[[export]]\nimage = 'a'", "at least 1"),
         ("[server]\nclients = true\n[[export]]\nimage = 'a'", "a number"),
         ("[[export]]\nimage = 'a'\n[[export]]\nimage = 'b'", "two exports"),
+        ("[server]\nport = 70000\n[[export]]\nimage = 'a'", "at most 65535"),
+        ("[server]\nclient-bytes = 0\n[[export]]\nimage = 'a'", "at least 1"),
+        ('[server]\nsocket = "a\\u0000b"\n[[export]]\nimage = "a"', "socket"),
+        ('[[export]]\nimage = "a"\nroots = ["a\\u0000b"]', "roots"),
         ("[[export]]\nimage = 'missing'", "missing"),
         ("[[export]]\nimage = 'a'\nclients = ['x']", "TLS"),
         ("[[export]]\nimage = 'raw'\nformat = 'raw'\nbitmaps = ['x']", "neither bitmaps"),
         ("[", "c.toml"),
+        pytest.param("a = " + "[" * 100_000, "too deep", id="deep"),
+        pytest.param("a = " + "1" * 6000, "c.toml", id="long"),
     ],
 )
 def test_what_is_wrong_in_a_configuration(folder: Path, text: str, what: str) -> None:
@@ -412,6 +427,76 @@ def test_what_a_killed_server_left_of_a_backup_is_cleared_away(folder: Path, sta
     run(["qemu-img", "check", "a"])
 
 
+def test_the_snapshot_of_a_backup_is_not_deleted_by_its_id(start: Start) -> None:
+    server = start("--control", "control", "--backup", "then", "a")
+    (snapshot,) = ctl("snapshot-list")
+    with pytest.raises(CowfenceError, match="is a backup's"):
+        ctl("snapshot-delete", name=snapshot["id"])
+    with NbdDisk(uri()) as disk, NbdDisk(uri("then")) as backup:
+        disk.write(MIB, b"now" * 100_000)
+        disk.flush()
+        assert backup.read(MIB, 300_000) == b"\7" * 300_000
+    stop(server)
+
+
+def test_a_backup_that_cannot_begin_leaves_the_bitmap_recording(folder: Path, start: Start) -> None:
+    server = start("--control", "control", "b")
+    ctl("bitmap-add", name="mon")
+    (folder / "b").rename(folder / "elsewhere")
+    (folder / "b").write_bytes(b"another file")
+    with NbdDisk(uri()) as disk:
+        disk.write(0, b"changed")
+        with pytest.raises(CowfenceError):
+            ctl("backup-begin", name="full", bitmap="mon", **{"next-bitmap": "tue"})
+    assert [(bitmap["name"], bitmap["enabled"]) for bitmap in ctl("bitmap-list")] == [("mon", True)]
+    assert ctl("snapshot-list") == []
+    (folder / "elsewhere").rename(folder / "b")
+    ctl("backup-begin", name="full", bitmap="mon", **{"next-bitmap": "tue"})
+    with NbdDisk(uri("full"), contexts=("qemu:dirty-bitmap:mon",)) as backup:
+        assert next(iter(backup.status("qemu:dirty-bitmap:mon", 0, backup.size))) == (0, 65536, 1)
+    stop(server)
+
+
+def test_backups_of_one_name_one_right_after_another(start: Start) -> None:
+    """The end of the one must not take the snapshot of the next."""
+    server = start("--control", "control", "a")
+    with NbdDisk(uri()) as disk:
+        for number in range(20):
+            disk.write(0, bytes([number]) * 4096)
+            ctl("backup-begin", name="then")
+            assert len(ctl("snapshot-list")) == 1
+            disk.write(0, b"x" * 4096)
+            with NbdDisk(uri("then")) as backup:
+                assert backup.read(0, 4096) == bytes([number]) * 4096
+                with pytest.raises(CowfenceError, match="has clients"):
+                    ctl("backup-end", name="then")
+            gone("then")
+            ctl("backup-end", name="then")
+            assert ctl("snapshot-list") == []
+    stop(server)
+
+
+def test_a_reload_waits_for_nobody_who_uses_a_snapshot(folder: Path, start: Start) -> None:
+    run(["qemu-img", "snapshot", "-c", "s", "a"])
+    run(["qemu-img", "snapshot", "-c", "s", "a"])
+    text = CONFIG.replace('image = "a"\nall', 'image = "a"\nsnapshots = true\nall').replace(
+        'name = "raw"', 'name = "disk@other"'
+    )
+    (folder / "c.toml").write_text(text)
+    server = start("--config", "c.toml")
+    assert names() == ["disk", "disk@s", "disk@2", "disk@other"]
+    (folder / "c.toml").write_text(text.replace("snapshots = true\n", ""))
+    with NbdDisk(uri("disk@s")) as then:
+        assert ctl("reload") == {"added": [], "removed": [], "in-use": ["disk"]}
+        with pytest.raises(CowfenceError, match="is exported"):
+            ctl("snapshot-delete", export="disk", name="2")
+        assert then.read(MIB, 1) == b"\7"
+    gone("disk@s")
+    assert ctl("reload") == {"added": ["disk"], "removed": ["disk"], "in-use": []}
+    assert sorted(names()) == ["disk", "disk@other"]
+    stop(server)
+
+
 def test_snapshots_are_exported(start: Start) -> None:
     run(["qemu-img", "snapshot", "-c", "s", "b"])
     server = start("--control", "control", "--snapshots", "b")
@@ -449,6 +534,10 @@ def test_metrics_and_health(folder: Path) -> None:
         assert 'cowfence_clients{export=""} 1.0' in text
         assert 'cowfence_request_seconds_bucket{export="",le="+Inf"} 6.0' in text
         assert "cowfence_fences_total" in text
+    for _ in range(10):  # who leaves without waiting for the answer is no news
+        with socket.create_connection(("127.0.0.1", port)) as hasty:
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            hasty.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
         assert json.loads(answer.read())["healthy"]
     server.terminate()
@@ -468,6 +557,8 @@ def test_metrics_and_health(folder: Path) -> None:
         "--tls . a",
         "--metrics nonsense a",
         "--temporary -l s a",
+        "--snapshots -f raw raw",
+        "--snapshots --temporary a",
         "--commit-into-backing b",
         "--commit-into-backing -r a",
         "--config c.toml a",
@@ -483,3 +574,50 @@ def test_what_cannot_be_served(folder: Path, words: str) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert not (folder / "sock").exists()
+
+
+@pytest.mark.parametrize("verb", ["stop", "drain"])
+def test_who_ends_the_server_is_told_that_it_ends(start: Start, verb: str) -> None:
+    for _ in range(5):
+        server = start("--control", "control", "a")
+        assert ctl(verb) is None
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("path", ["raw", "a", "/dev/null"])
+def test_no_file_is_taken_for_one_with_the_number_of_a_process(folder: Path, path: str) -> None:
+    before = (folder / path).read_bytes()
+    done = command("serve", "--fork", "--pid-file", path, "-k", "sock", "a", cwd=folder, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"cowfence: {path}: there is a file that holds no number of a process\n"
+    assert (folder / path).read_bytes() == before
+
+
+def test_in_the_background_it_holds_nothing_of_who_started_it(folder: Path) -> None:
+    reading, writing = os.pipe()
+    subprocess.run(
+        [*COWFENCE, "serve", "--fork", "--pid-file", "pid", "-k", "sock", "a"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        pass_fds=(writing,),
+        check=True,
+    )
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b""  # its end has come, while the server runs
+    with NbdDisk(uri()) as disk:
+        assert disk.read(MIB, 1) == b"\7"
+    os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+
+
+def test_in_the_background_it_still_says_where_it_is(folder: Path) -> None:
+    done = command("serve", "--output=json", "--fork", "--pid-file", "pid", "-k", "sock", "a", cwd=folder)
+    said = json.loads(done.stdout)
+    assert said["uri"] == uri()
+    assert str(said["pid"]) == (folder / "pid").read_text().strip()
+    os.kill(said["pid"], signal.SIGTERM)
+    for _ in range(400):
+        if not (folder / "pid").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("it did not end")

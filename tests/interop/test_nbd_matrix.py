@@ -34,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "disk").write_bytes(b"d" * MIB + bytes(SIZE - MIB))
     disk = RawDisk(FileStorage.open(tmp_path / "disk", writable=True))
     exports = {
-        "": Export(disk, description="words", bitmaps={"b": lambda: [(4096, 8192)]}, allocation_depth=True),
+        "": Export(disk, description="words", bitmaps={"b": lambda _offset, _length: [(4096, 8192)]}, allocation_depth=True),
         "ro": Export(disk, read_only=True),
     }
     with serving(tmp_path, exports, Limits(stop_seconds=1)) as made:

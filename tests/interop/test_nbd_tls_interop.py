@@ -54,7 +54,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def serving(image: Path, pki: Path) -> Iterator[Server]:
     with cowfence.open(image) as disk:
-        bitmaps = {bitmap.name: (lambda name=bitmap.name: disk.bitmaps.ranges(name)) for bitmap in disk.bitmaps}
+        bitmaps = {bitmap.name: (lambda *_, name=bitmap.name: disk.bitmaps.ranges(name)) for bitmap in disk.bitmaps}
         exports = {
             "": Export(disk, bitmaps=bitmaps, allocation_depth=True, description="all of it"),
             "hers": Export(disk, clients=frozenset({"alice"})),

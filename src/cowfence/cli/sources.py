@@ -64,11 +64,14 @@ def parse_source(text: str, *, image_opts: bool) -> Source:
     if text.startswith("json:"):
         try:
             found = json.loads(text[5:])
+            if not isinstance(found, dict):
+                raise Invalid("Invalid JSON object given")
+            options = dict(_flat(found, ""))
         except ValueError as error:
             raise Invalid(f"Could not parse the JSON options: {error}") from None
-        if not isinstance(found, dict):
-            raise Invalid("Invalid JSON object given")
-        return _described(dict(_flat(found, "")), text)
+        except RecursionError:
+            raise Invalid("Could not parse the JSON options: too deep") from None
+        return _described(options, text)
     return Source(text)
 
 

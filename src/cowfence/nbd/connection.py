@@ -43,7 +43,8 @@ class Limits:
 
     ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
     has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
-    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing is sent away.
+    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing, or takes
+    none of its replies, is sent away.
     """
 
     connections: int = 100

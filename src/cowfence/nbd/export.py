@@ -17,8 +17,8 @@ from cowfence.units import KIB, MIB
 _DESCRIPTORS_MAX: Final = 4096
 _DIRTY: Final = 1
 
-Ranges = Callable[[], list[tuple[int, int]]]
-"""The dirty ranges (offset, length in bytes) of a bitmap, in order, as they are now."""
+Ranges = Callable[[int, int], Iterable[tuple[int, int]]]
+"""The dirty ranges (offset, length in bytes) of a bitmap from an offset to an end, or more, in order, as they are now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class Export:
         none past the range. Raises what the disk raises."""
         context = self.contexts[context_id - 1]
         if context.startswith(DIRTY_BITMAP):
-            runs = _dirty(self.bitmaps[context.removeprefix(DIRTY_BITMAP)](), offset, offset + length_bytes)
+            ranges = self.bitmaps[context.removeprefix(DIRTY_BITMAP)]
+            runs = _dirty(ranges(offset, offset + length_bytes), offset, offset + length_bytes)
         else:
             state = _depth_state if context == ALLOCATION_DEPTH else _allocation_state
             extents = self.disk.extents(offset, length_bytes)

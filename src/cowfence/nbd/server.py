@@ -87,7 +87,7 @@ class Server:
         self._exports = exports
         self._tls = tls
         self._tls_mode = Tls.OFF if tls is None else Tls.REQUIRED if tls_required else Tls.OFFERED
-        self._until_unused = until_unused
+        self._until_unused, self._used = until_unused, False
         self._on_unused = on_unused
         self._limits = limits or Limits()
         self._table = self._exports_for(frozenset())
@@ -164,7 +164,7 @@ class Server:
         """No new clients; stop when the last one has left. In the serving thread (``call``)."""
         self._accept(wanted=False)
         self._close_listeners()
-        self._until_unused = True
+        self._until_unused = self._used = True
         if not self._connections:
             self.stop()
 
@@ -222,7 +222,7 @@ class Server:
         idle_seconds = self._limits.idle_seconds
         assert idle_seconds is not None  # else nobody looks
         for connection in list(self._connections.values()):
-            busy = connection.jobs or connection.unsent or connection.transmission is None
+            busy = connection.jobs or connection.transmission is None
             if not busy and now - connection.heard >= idle_seconds:
                 connection.say_goodbye()
                 self._drop(connection, "idle")
@@ -321,12 +321,15 @@ class Server:
             connection.export.stats.clients -= 1
             if not connection.export.stats.clients:
                 self._on_unused(connection.export)
-            if self._until_unused and not self._connections:
-                self.stop()
+        # Also where the very last one never came to use an export.
+        if self._until_unused and self._used and not self._connections:
+            self.stop()
         self._accept(wanted=True)
 
     def _on_ready(self, connection: Connection, events: int) -> None:
         if events & select.EPOLLOUT:
+            if self._next_idle_look != math.inf:
+                connection.heard = time.monotonic()  # it has taken something
             self._send_more(connection)
             if connection.closed:
                 return
@@ -399,6 +402,7 @@ class Server:
             connection.leaving = True
             return
         connection.export = export
+        self._used = True
         connection.heard = time.monotonic()
         export.stats.clients += 1
         connection.transmission = ServerTransmission(

@@ -181,7 +181,8 @@ class ServerTransmission:
     def feed(self, data: Buffer) -> None:
         """Bytes that arrived by another way than ``space()``: those that came together with the handshake's last."""
         if len(self._view) - self._end < len(data):
-            self._replace_buffer(max(_BUFFER_BYTES, self._end - self._start + len(data)))
+            # Room for all that is waited for: else each piece of a long payload would copy what is there of it.
+            self._replace_buffer(max(_BUFFER_BYTES, self._need_bytes, self._end - self._start) + len(data))
         self._view[self._end : self._end + len(data)] = data
         self.received(len(data))
 

@@ -6,10 +6,13 @@ Bit ``n`` is bit ``n % 8`` of byte ``n // 8`` (specification, "Bitmap data"). A 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
 from cowfence.units import div_up
+
+_WINDOW_BITS: Final = 1 << 16
 
 
 class DirtyBits:
@@ -75,13 +78,30 @@ class DirtyBits:
             inside = min(length_bytes, self.size_bytes - offset)
             self.mark(offset, inside)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """The dirty ranges (offset, length in bytes), in order; the last ends with the disk."""
-        bits = np.unpackbits(np.frombuffer(self.packed, np.uint8), bitorder="little", count=self.count)
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], bits, [0])).astype(np.int8))).tolist()
-        for first, end in zip(edges[::2], edges[1::2], strict=True):
-            start = first << self.granularity_bits
-            yield start, min(end << self.granularity_bits, self.size_bytes) - start
+    def ranges(self, offset: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """The dirty ranges (offset, length in bytes) of the granules between two offsets, in order; the last ends as the disk.
+        They are looked for as they are asked for: there may be millions."""
+        bits_end = self.count if end is None else min(self.count, div_up(end, 1 << self.granularity_bits))
+        bits_start = offset >> self.granularity_bits
+        start = stop = bits_start  # the run that is not told yet
+        for window in range(bits_start & -8, bits_end, _WINDOW_BITS):
+            packed = bytes(self.packed[window >> 3 : (window + _WINDOW_BITS) >> 3])
+            count = min(_WINDOW_BITS, bits_end - window)
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little", count=count)
+            bits[: max(0, bits_start - window)] = 0
+            edges = (np.flatnonzero(np.diff(np.concatenate(([0], bits, [0])).astype(np.int8))) + window).tolist()
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                if first > stop:
+                    if start < stop:
+                        yield self._bytes_of(start, stop)
+                    start = first
+                stop = last
+        if start < stop:
+            yield self._bytes_of(start, stop)
+
+    def _bytes_of(self, start: int, stop: int) -> tuple[int, int]:
+        offset = start << self.granularity_bits
+        return offset, min(stop << self.granularity_bits, self.size_bytes) - offset
 
     def dirty_bytes(self) -> int:
         """How many bytes of the disk are dirty."""

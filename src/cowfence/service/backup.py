@@ -59,28 +59,28 @@ class Backup:
         # What is written until both are done stands in both bitmaps: more is copied than has to be, never less.
         if bitmap is not None and next_bitmap is not None:
             _begin_next(disk, bitmap, next_bitmap)
+        view: cowfence.Qcow2Disk | None = None
         try:
             create_snapshot(disk, self._snapshot)
             if bitmap is not None:
                 disk.bitmaps.disable(bitmap)
-        except BaseException:
-            self._end()
-            if next_bitmap is not None:
-                disk.bitmaps.remove(next_bitmap)
-            raise
-        try:
-            self._view = open_moment(
+            view = open_moment(
                 disk, path, self._snapshot, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
             )
+            ranges = None if bitmap is None else disk.bitmaps.bits_of(bitmap).ranges
         except BaseException:
+            if view is not None:
+                view.close()
             self._end()
+            if bitmap is not None and next_bitmap is not None:
+                take_back(disk, bitmap, next_bitmap)
             raise
-        ranges = () if bitmap is None else tuple(disk.bitmaps.ranges(bitmap))
+        self._view = view
         self.export = Export(
             self._view,
             read_only=True,
             description=f"as it was when the backup {name} began",
-            bitmaps={} if bitmap is None else {bitmap: lambda: list(ranges)},
+            bitmaps={} if bitmap is None or ranges is None else {bitmap: ranges},
             allocation_depth=True,
             clients=clients,
         )
@@ -117,6 +117,7 @@ class Moment:
         assume_backing_format: str | None = None,
         clients: frozenset[str] | None = None,
     ) -> None:
+        self.disk, self.snapshot = disk, snapshot
         self._view = open_moment(
             disk, path, snapshot.id, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
         )

@@ -74,8 +74,10 @@ def read_config(path: str) -> ServiceConfig:
             found = tomllib.load(file)
     except OSError as error:
         raise StorageFailed(path, "open", 0, error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of bytes that are no text, and of numbers that are too long
         raise Invalid(f"{path}: {error}") from None
+    except RecursionError:
+        raise Invalid(f"{path}: too deep") from None
     base = os.path.dirname(os.path.abspath(path))
     try:
         return _config(found, base)
@@ -107,14 +109,14 @@ def _settings(found: Mapping[str, Any], base: str) -> ServerSettings:
         limits,
         connections=words.number("clients", limits.connections, least=1),
         client_requests=words.number("client-requests", limits.client_requests, least=1),
-        client_bytes=words.size("client-bytes", limits.client_bytes),
+        client_bytes=words.size("client-bytes", limits.client_bytes, least=1),
         handshake_seconds=words.seconds("handshake-seconds", limits.handshake_seconds) or limits.handshake_seconds,
         idle_seconds=words.seconds("idle-seconds", None),
     )
     settings = ServerSettings(
         socket=words.path("socket"),
         bind=words.text("bind"),
-        port=words.number("port", -1, least=0) if "port" in found else None,
+        port=words.number("port", -1, least=0, most=65535) if "port" in found else None,
         insecure=words.flag("insecure"),
         tls=words.path("tls"),
         tls_offered=words.flag("tls-offered"),
@@ -176,6 +178,8 @@ class _Words:
 
     def text(self, name: str) -> str | None:
         found: str | None = self._take(name, str, "a string")
+        if found is not None and "\0" in found:
+            raise Invalid(f"{self.where}: {name} has a character that ends strings")
         return found
 
     def path(self, name: str) -> str | None:
@@ -192,10 +196,12 @@ class _Words:
         found = self._take(name, bool, "true or false")
         return default if found is None else bool(found)
 
-    def number(self, name: str, default: int, *, least: int) -> int:
+    def number(self, name: str, default: int, *, least: int, most: int | None = None) -> int:
         found = self._take(name, int, "a number")
         if found is not None and found < least:
             raise Invalid(f"{self.where}: {name} is at least {least}")
+        if found is not None and most is not None and found > most:
+            raise Invalid(f"{self.where}: {name} is at most {most}")
         return default if found is None else int(found)
 
     def seconds(self, name: str, default: float | None) -> float | None:
@@ -204,20 +210,23 @@ class _Words:
             raise Invalid(f"{self.where}: {name} is a number of seconds greater than 0")
         return default if found is None else float(found)
 
-    def size(self, name: str, default: int) -> int:
+    def size(self, name: str, default: int, *, least: int = 0) -> int:
         found = self._take(name, (int, str), 'a number of bytes, or such as "64M"')
         if found is None:
             return default
         try:
-            return parse_size(str(found))
+            size_bytes = parse_size(str(found))
         except ValueError as error:
             raise Invalid(f"{self.where}: {name}: {error}") from None
+        if size_bytes < least:
+            raise Invalid(f"{self.where}: {name} is at least {least}")
+        return size_bytes
 
     def texts(self, name: str) -> tuple[str, ...] | None:
         found = self._take(name, list, "a list of strings")
         if found is None:
             return None
-        if not all(isinstance(one, str) for one in found):
+        if not all(isinstance(one, str) and "\0" not in one for one in found):
             raise Invalid(f"{self.where}: {name} is a list of strings")
         return tuple(found)
 

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -22,8 +23,8 @@ from cowfence.nbd.listening import Listener, listen_unix
 
 _log = logging.getLogger(__name__)
 _LINE_MAX_BYTES: Final = 64 * 1024
+_LAST_SECONDS: Final = 10.0
 _OWNER_ONLY: Final = 0o177
-_ANSWER_SECONDS: Final = 10.0
 
 Command = Callable[[Mapping[str, Any]], object]
 
@@ -55,8 +56,8 @@ class ControlServer:
                 client, _ = self._listener.sock.accept()
             except OSError:
                 return  # closed
+            thread = threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True)
             with self._guard:
-                thread = threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True)
                 self._clients[client] = thread
             thread.start()
 
@@ -92,19 +93,23 @@ class ControlServer:
             return {"error": f"internal error: {type(error).__name__}", "kind": "CowfenceError"}
 
     def close(self) -> None:
-        """Answer nobody any more. What is being done comes to its end."""
+        """Take no more requests. What is being done comes to its end, and who asked for it is told, if that takes no longer
+        than ``_LAST_SECONDS``."""
         # Closing alone would leave the thread waiting in accept.
         with suppress(OSError):
             self._listener.sock.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._guard:
-            waiting = dict(self._clients)
-        for client, thread in waiting.items():
-            # No more requests; what was asked is still answered.
+            clients = dict(self._clients)
+        for client in clients:
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RD)
-            if thread is not threading.current_thread():
-                thread.join(_ANSWER_SECONDS)
+        deadline = time.monotonic() + _LAST_SECONDS
+        for client, thread in clients.items():
+            with suppress(RuntimeError):  # not started yet
+                thread.join(max(0.0, deadline - time.monotonic()))
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
 
 def ask(path: str, request: Mapping[str, object], *, timeout_seconds: float | None = None) -> object:

@@ -186,6 +186,8 @@ def _check(spec: ExportSpec) -> None:
     only_qcow2 = spec.cache == "unsafe" or spec.cache_bytes != CACHE_BYTES or spec.commit_interval != COMMIT_SECONDS
     if spec.format != "qcow2" and not spec.temporary and only_qcow2:
         raise Invalid(f"{name}: cache unsafe, a size of tables in memory and a commit interval are for qcow2 images")
+    if spec.snapshots and (spec.format != "qcow2" or spec.temporary or spec.snapshot is not None):
+        raise Invalid(f"{name}: internal snapshots are exported beside the qcow2 image that they are in")
     if spec.format != "qcow2" and (spec.bitmaps or spec.snapshot is not None):
         raise Invalid(f"{name}: a {spec.format} image has neither bitmaps nor internal snapshots")
 
@@ -197,6 +199,6 @@ def _bitmaps(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> 
         assert isinstance(image, cowfence.Qcow2Disk)  # since _check
         if all(bitmap.name != name for bitmap in image.bitmaps):
             raise Invalid(f"Bitmap '{name}' is not found")
-        image.bitmaps.ranges(name)  # raises where it is inconsistent
-        found[name] = lambda name=name: image.bitmaps.ranges(name)  # type: ignore[misc]
+        image.bitmaps.bits_of(name)  # raises where it is inconsistent
+        found[name] = lambda offset, end, name=name: image.bitmaps.bits_of(name).ranges(offset, end)  # type: ignore[misc]
     return found

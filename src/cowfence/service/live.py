@@ -12,7 +12,7 @@ from cowfence.ops.commit import commit_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 from cowfence.qcow2.describe import snapshot_dict
-from cowfence.service.backup import BACKUP_PREFIX
+from cowfence.service.backup import BACKUP_PREFIX, Moment
 from cowfence.service.control import Command, Fields, qcow2_of
 from cowfence.service.exports import OpenedExport
 from cowfence.service.registry import left_alone
@@ -112,11 +112,14 @@ class LiveCommands:
         name, opened = self._image(fields)
         disk, which = qcow2_of(opened.image, name), fields.text("name")
         fields.end()
+        exported = {view.snapshot.id for _, view in self._service.views_of(name) if isinstance(view, Moment)}
         for snapshot in disk.snapshots():
-            if which in (snapshot.id, snapshot.name) and f"{name}@{snapshot.name}" in self._service.registry:
+            if which not in (snapshot.id, snapshot.name):
+                continue
+            if snapshot.id in exported:
                 raise Invalid(f"the snapshot {snapshot.name!a} is exported")
-        if which.startswith(BACKUP_PREFIX):
-            raise Invalid(f"the snapshot {which!a} is a backup's (backup-end)")
+            if snapshot.name.startswith(BACKUP_PREFIX):
+                raise Invalid(f"the snapshot {snapshot.name!a} is a backup's (backup-end)")
         return snapshot_dict(delete_snapshot(disk, which))
 
     def _bitmap_add(self, request: Mapping[str, Any]) -> object:

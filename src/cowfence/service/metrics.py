@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from cowfence.service.registry import Registry
 
+_log = logging.getLogger(__name__)
+_CLIENT_SECONDS: Final = 10.0
 _GAUGES: Final = ("leaks-pending-clusters", "tables-in-memory")
 
 
@@ -68,6 +72,16 @@ class Collector:
         return [*families, *engine.values()]
 
 
+class _Server(ThreadingHTTPServer):
+    """Of clients that leave too early it says nothing."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        if not isinstance(sys.exception(), OSError):
+            _log.error("metrics met a defect", exc_info=True)
+
+
 class MetricsServer:
     """Answers HTTP at ``address`` (HOST:PORT). Raises Unsupported without Prometheus' library, Invalid for what is no address,
     and StorageFailed where it cannot listen."""
@@ -86,6 +100,8 @@ class MetricsServer:
 
         class Handler(BaseHTTPRequestHandler):
             """Two pages."""
+
+            timeout = _CLIENT_SECONDS
 
             def do_GET(self) -> None:
                 if self.path == "/metrics":
@@ -110,10 +126,9 @@ class MetricsServer:
                 """Nobody wants a line for each look."""
 
         try:
-            self._server = ThreadingHTTPServer((host.strip("[]") or "127.0.0.1", int(port)), Handler)
+            self._server = _Server((host.strip("[]") or "127.0.0.1", int(port)), Handler)
         except OSError as error:
             raise StorageFailed(address, "listen", 0, error) from error
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
 
     @property

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import sys
 from contextlib import suppress
 from typing import Final
 
+from cowfence.disk.opener import printable
 from cowfence.errors import Invalid, from_os_error
 
+_STANDARD_ERROR: Final = 2
 _FIRST_ACTIVATED_FD: Final = 3
+_PID_DIGITS_MAX: Final = 20
 _READY: Final = b"ready"
 
 
@@ -34,16 +38,21 @@ class Background:
         os.close(told)
         os.set_inheritable(self._tell, False)
         os.setsid()
-        # What is started from here on keeps no pipe of our caller's open; what we have to complain about still gets there.
-        self._errors = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-        os.set_inheritable(self._errors.fileno(), False)
-        sys.stderr = self._errors
+        # What is started from here on keeps no pipe of our caller's open; what we have to say still gets there.
+        self._told = [os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="backslashreplace") for fd in (1, 2)]
+        sys.stdout, sys.stderr = self._told
         self._leave(0, 1, 2)
 
     def ready(self) -> None:
-        """Let go of the terminal, and let the parent say that all is well."""
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
-        self._errors.close()
+        """Let go of the terminal and of all else that our caller had open, and let the parent say that all is well."""
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+        for file in self._told:
+            file.close()
+        # What we open ourselves is not inheritable; somebody may wait for the end of a pipe, or for a lock.
+        for fd in _open_fds():
+            with suppress(OSError):  # the directory's own
+                if fd > _STANDARD_ERROR and os.get_inheritable(fd):
+                    os.close(fd)
         os.write(self._tell, _READY)
         os.close(self._tell)
 
@@ -55,18 +64,28 @@ class Background:
         os.close(nowhere)
 
 
+def _open_fds() -> list[int]:
+    try:
+        return list(map(int, os.listdir("/proc/self/fd")))
+    except OSError:
+        return []
+
+
 class PidFile:
-    """A file with the number of this process. ``path``: None makes none."""
+    """A file with the number of this process. ``path``: None makes none. What is no such file is left as it is."""
 
     def __init__(self, path: str | None) -> None:
         self._path = path
         self._written = False
 
     def write(self) -> None:
-        """Raises StorageFailed."""
+        """Raises Invalid where another file stands there, and StorageFailed."""
         if self._path is None:
             return
         try:
+            found = self._content()
+            if found is None or (found and not found.strip().isdigit()):
+                raise Invalid(f"{printable(self._path)}: there is a file that holds no number of a process")
             with open(self._path, "w", encoding="ascii") as file:
                 file.write(f"{os.getpid()}\n")
         except OSError as error:
@@ -77,7 +96,20 @@ class PidFile:
         """The last thing that is done: whoever waits for it may use the image then."""
         if self._path is not None and self._written:
             with suppress(OSError):
-                os.unlink(self._path)
+                if self._content() == b"%d\n" % os.getpid():
+                    os.unlink(self._path)
+
+    def _content(self) -> bytes | None:
+        """What stands there, if that may be a number; nothing of it where there is no file. Raises OSError."""
+        assert self._path is not None
+        try:
+            if not stat.S_ISREG(os.stat(self._path).st_mode):
+                return None
+        except FileNotFoundError:
+            return b""
+        with open(self._path, "rb") as file:
+            found = file.read(_PID_DIGITS_MAX + 1)
+        return found if len(found) <= _PID_DIGITS_MAX else None
 
 
 def activated_sockets() -> list[socket.socket]:

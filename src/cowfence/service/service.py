@@ -64,6 +64,8 @@ class Service:
         self._again = again
         self._plans: dict[str, ExportPlan] = {}
         self._changing = threading.Lock()
+        self._hung_up = threading.Lock()
+        self._reload_waits = False
         self._began = time.monotonic()
         self.registry = Registry()
         self._files = ExitStack()
@@ -131,15 +133,18 @@ class Service:
     def _on_hangup(self) -> None:
         if self._again is None:
             self.server.stop()
-        else:
+        elif not self._reload_waits:
             # Opening images is no business of a signal handler, nor of the thread that serves.
+            self._reload_waits = True
             threading.Thread(target=self._reload_and_tell, name="reload").start()
 
     def _reload_and_tell(self) -> None:
-        try:
-            _log.info("the configuration was read again: %s", self.reload())
-        except CowfenceError as error:
-            _log.error("the configuration is as before: %s", error)
+        with self._hung_up:
+            self._reload_waits = False
+            try:
+                _log.info("the configuration was read again: %s", self.reload())
+            except CowfenceError as error:
+                _log.error("the configuration is not, or not wholly, as the file says: %s", error)
 
     # --- exports ---
 
@@ -163,15 +168,25 @@ class Service:
                     assume_backing_format=plan.spec.assume_backing_format,
                     clients=plan.spec.clients,
                 )
-                self.registry.add(moment_name(plan.spec.name, snapshot.name), moment)
+                name = moment_name(plan.spec.name, snapshot.name)
+                if name in self.registry:  # QEMU makes several snapshots of one name
+                    name = moment_name(plan.spec.name, snapshot.id)
+                try:
+                    self.registry.add(name, moment)
+                except BaseException:
+                    moment.close()
+                    raise
 
-    def remove(self, name: str) -> Served:
-        """No new client finds the export; it is closed once the last one has left. Raises Invalid where there is none."""
+    def remove(self, name: str, *, unused: bool = False) -> Served:
+        """No new client finds the export; it is closed once the last one has left. Raises Invalid where there is none, and with
+        ``unused`` where it has clients."""
         done = threading.Event()
         found: list[Served | CowfenceError] = []
 
         def remove() -> None:
             try:
+                if unused and self.registry.served(name).export.stats.clients:
+                    raise Invalid(f"the export {name!a} has clients")
                 found.append(self.registry.remove(name))
             except CowfenceError as error:
                 found.append(error)
@@ -186,7 +201,7 @@ class Service:
     def reload(self) -> dict[str, list[str]]:
         """Read the configuration again: exports that are new in it are opened, those that it has no more are closed when their
         last client has left. One that is described otherwise now is both, where it has no clients; else it stays as it is. So
-        does one of which there is a backup.
+        does one of which there is a backup, or a snapshot that has clients.
 
         Returns the names: ``added``, ``removed``, ``in-use``. Raises Invalid where there is no configuration, or it is wrong;
         then all is as it was. Where an image cannot be opened, the others are still brought up to date.
@@ -196,13 +211,13 @@ class Service:
         with self._changing:
             wanted = {plan.spec.name: plan for plan in self._again().exports}
             changed = [name for name, plan in self._plans.items() if name in wanted and wanted[name] != plan]
-            backed_up = {name for name in self._plans if self._has_backup(name)}
-            in_use = [name for name in changed if name in backed_up or self.registry[name].stats.clients]
-            in_use += [name for name in backed_up if name not in wanted]
-            gone = [name for name in self._plans if name not in wanted and name not in backed_up]
+            held = [name for name in self._plans if self._is_held(name)]
+            in_use = [name for name in changed if name in held or self.registry[name].stats.clients]
+            in_use += [name for name in held if name not in wanted]
+            gone = [name for name in self._plans if name not in wanted and name not in held]
             replaced = [name for name in changed if name not in in_use]
             for name in [*gone, *replaced]:
-                for moment in [other for other in self.registry if other.startswith(moment_name(name, ""))]:
+                for moment, _ in self.views_of(name):
                     self.registry.wait_until_closed(self.remove(moment))
                 left = self.remove(name)
                 del self._plans[name]
@@ -219,12 +234,15 @@ class Service:
                 raise failed
             return {"added": new, "removed": [*gone, *replaced], "in-use": in_use}
 
-    def _has_backup(self, name: str) -> bool:
-        served = self.registry.served(name)
-        others = (self.registry.served(other) for other in self.registry)
-        return isinstance(served, OpenedExport) and any(
-            isinstance(other, Backup) and other.disk is served.image for other in others
-        )
+    def views_of(self, name: str) -> list[tuple[str, Backup | Moment]]:
+        """The backups and snapshots of an export that are exported themselves."""
+        opened = self.registry.served(name)
+        assert isinstance(opened, OpenedExport)  # since it has a plan
+        others = [(other, self.registry.served(other)) for other in self.registry]
+        return [(other, view) for other, view in others if isinstance(view, Backup | Moment) and view.disk is opened.image]
+
+    def _is_held(self, name: str) -> bool:
+        return any(isinstance(view, Backup) or view.export.stats.clients for _, view in self.views_of(name))
 
     def begin_backup(
         self, name: str, of: str, opened: OpenedExport, *, bitmap: str | None = None, next_bitmap: str | None = None
@@ -259,9 +277,8 @@ class Service:
                 raise Invalid(f"the export {name!a} is no backup")
             if not left_alone(backup.export):
                 raise Invalid(f"the backup {name!a} has clients")
-            self.remove(name)
-            # Its snapshot is gone when this returns, and nobody takes the image away before.
-            self.registry.wait_until_closed(backup)
+            # Its snapshot is gone when this returns. Nobody takes the image away before, or begins a backup of this name.
+            self.registry.wait_until_closed(self.remove(name, unused=True))
             if backup.bitmap is not None and backup.next_bitmap is not None:
                 if failed:
                     take_back(backup.disk, backup.bitmap, backup.next_bitmap)

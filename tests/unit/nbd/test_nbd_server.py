@@ -391,3 +391,39 @@ def test_a_socket_made_elsewhere(tmp_path: Path, storage: TinyStorage) -> None:
     server.stop()
     thread.join()
     assert (tmp_path / "sock").exists()  # whoever made it removes it
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_it_ends_although_the_last_connection_never_used_an_export(tmp_path: Path, storage: TinyStorage, drained: bool) -> None:
+    """Somebody who only looked, or whose handshake took too long."""
+    limits = Limits(handshake_seconds=0.3)
+    server = Server({"": Export(RawDisk(storage))}, limits=limits, until_unused=not drained)
+    server.listen_unix(str(tmp_path / "sock"))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with NbdDisk(server.uri()) as disk, BareClient(tmp_path / "sock", negotiate=False) as bare:
+        assert bare.receive(18)
+        assert disk.read(0, 1) == b"\0"
+        disk.close()
+        if drained:
+            server.call(server.drain)
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_who_takes_no_replies_is_idle(tmp_path: Path, storage: TinyStorage) -> None:
+    limits = Limits(connections=1, idle_seconds=0.3)
+    with serving(tmp_path, {"": Export(RawDisk(storage))}, limits) as server, BareClient(tmp_path / "sock") as bare:
+        for cookie in range(4):
+            bare.send(Command.READ, cookie=cookie, length=SIZE, flags=CommandFlag.DF)
+        with NbdDisk(server.uri()) as disk:  # its turn comes when the other was sent away
+            assert disk.read(0, 1) == b"\0"
+
+
+def test_who_takes_its_replies_slowly_is_not_idle(tmp_path: Path, storage: TinyStorage) -> None:
+    limits = Limits(idle_seconds=0.5)
+    with serving(tmp_path, {"": Export(RawDisk(storage))}, limits), BareClient(tmp_path / "sock") as bare:
+        bare.send(Command.READ, length=SIZE, flags=CommandFlag.DF)
+        for _ in range(8):
+            time.sleep(0.15)
+            assert len(bare.receive(SIZE // 8)) == SIZE // 8

@@ -59,7 +59,7 @@ def uri(tmp_path: Path, disk: RawDisk) -> Iterator[str]:
     export = Export(
         disk,
         allocation_depth=True,
-        bitmaps={"some": lambda: [(4096, 8192), (MIB, MIB)], "none": list},
+        bitmaps={"some": lambda *_: [(4096, 8192), (MIB, MIB)], "none": lambda *_: []},
     )
     with serving(tmp_path, {"": export}) as server:
         yield server.uri()

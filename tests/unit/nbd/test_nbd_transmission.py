@@ -214,6 +214,22 @@ def test_the_buffer_grows_for_a_large_write_and_shrinks_again() -> None:
     assert len(server.space()) < 1 << 20
 
 
+def test_a_long_payload_in_small_pieces_is_not_copied_for_each() -> None:
+    """As TLS brings it: a client that dribbles would keep the server busy with copying."""
+    server = machine(size=1 << 30)
+    server.feed(header(Command.WRITE, 0, MAX))
+    buffers: list[object] = []
+    for _ in range(64):
+        for piece in (b"x" * (MAX // 64 - 1), b"x"):
+            assert not server.next_batch(10, 1 << 30).requests
+            server.feed(piece)
+            if not buffers or server._view.obj is not buffers[-1]:
+                buffers.append(server._view.obj)
+    (request,) = server.next_batch(10, 1 << 30).requests
+    assert bytes(request.data) == b"x" * MAX
+    assert len(buffers) <= 2
+
+
 def test_data_that_is_kept_outlives_the_buffer() -> None:
     server = machine()
     server.feed(header(Command.WRITE, 0, 4) + b"abcd")
