@@ -1,6 +1,6 @@
 # Needs python3 with venv and pip, and make. Everything else is installed into .venv by the first target that needs it.
 #   make demo [IMAGE=disk.qcow2]   make test [PYTEST_ARGS="-k header"]   make check   make bench   make crash
-#   make fuzz   make soak   make journey   make man   make guest [GUEST_ARGS="--rounds 5 --seed 1"]
+#   make fuzz   make soak   make siege   make journey   make man   make guest [GUEST_ARGS="--rounds 5 --seed 1"]
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,10 +12,11 @@ CRASH_ARGS ?= --budget 600
 GUEST_ARGS ?=
 FUZZ_ARGS ?= --seconds 600
 SOAK_ARGS ?= --seconds 1800
+SIEGE_ARGS ?= --seconds 60
 IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench fuzz soak journey man crash guest format clean
+.PHONY: help setup demo test lint check bench fuzz soak siege journey man crash guest format clean
 
 help:
 	@sed -n '2,3s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +53,9 @@ fuzz: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m soak $(SOAK_ARGS)
+
+siege: $(STAMP)
+	$(BIN)/python -m soak.siege $(SIEGE_ARGS)
 
 man: $(STAMP)
 	$(BIN)/python scripts/man.py build/man

@@ -10,6 +10,7 @@ judges=(
   qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
   nbdinfo:libnbd-bin nbdcopy:libnbd-bin
   nbdkit:nbdkit
+  nbdsh:python3-libnbd
   fio:fio
   mkfs.ext4:e2fsprogs
   cryptsetup:cryptsetup-bin

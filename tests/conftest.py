@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from golden.beside import Programs
+from helpers_cli import shared_programs
+from helpers_programs import Programs
 
 
 @pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    started = Programs()
-    yield started
-    started.close()
+def programs() -> Programs:
+    return shared_programs()

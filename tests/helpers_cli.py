@@ -1,31 +1,42 @@
-"""The command line as a user runs it: in a process of its own."""
+"""The command line as a user runs it."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+from helpers_programs import ENVIRONMENT, Programs
+
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "LC_ALL": "C", "TZ": "UTC"}
 COWFENCE = (sys.executable, "-m", "cowfence.cli.main")
+__all__ = ["COWFENCE", "ENVIRONMENT", "ROOT", "cowfence", "shared_programs", "snapshot_of"]
+
+
+@cache
+def shared_programs() -> Programs:
+    """For all tests of a worker."""
+    programs = Programs()
+    atexit.register(programs.close)
+    return programs
 
 
 def cowfence(
     *words: str | os.PathLike[str], cwd: Path | None = None, before: Sequence[str] = (), check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run ``cowfence``; ``before`` are words of a program that starts it. With ``check`` any exit code but 0 fails."""
-    done = subprocess.run(
-        [*before, *COWFENCE, *(os.fspath(word) for word in words)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    programs = shared_programs()
+    given = [os.fspath(word) for word in words]
+    if not before and not programs.busy:
+        done = programs.run(given, cwd or os.getcwd(), program="cowfence")
+    else:
+        done = subprocess.run(
+            [*before, *COWFENCE, *given], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60
+        )
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -19,6 +19,8 @@ DEBIAN_PACKAGES = {
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",
+    "nbdsh": "python3-libnbd",
+    "nbdfuse": "libnbd-bin",
     "fio": "fio",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cowfence.cli.main import COMMANDS
-from golden.beside import Programs
 from helpers_cli import snapshot_of
+from helpers_programs import Programs
 from judges import run
 
 LINES = """

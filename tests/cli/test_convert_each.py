@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import Programs
+from helpers_programs import Programs
 from judges import run
 
 MIB = 1 << 20

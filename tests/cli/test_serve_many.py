@@ -82,6 +82,13 @@ def stop(server: subprocess.Popen[str]) -> None:
     assert server.returncode == 0
 
 
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def gone(export: str) -> None:
     """Until the server knows that its clients have left."""
     while ctl("status")["exports"][export]["clients"]:
@@ -140,10 +147,7 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
         assert disk.read(0, 3) == b"moo"
     gone("disk")
     server.send_signal(signal.SIGHUP)
-    for _ in range(200):
-        if list_exports(uri())[0].description or names()[-1:] == ["disk"]:
-            break
-        time.sleep(0.05)
+    until(lambda: {listed.name: listed.description for listed in list_exports(uri())}.get("disk") == "new")
     assert {listed.name: listed.description for listed in list_exports(uri())} == {"disk": "new", "other": ""}
     with NbdDisk(uri("disk")) as disk:
         assert disk.read(0, 3) == b"moo"

@@ -23,7 +23,7 @@ from crash.orders import Mutant
 def _discards_first() -> Iterator[None]:
     """What lies behind the new end is freed while the disk still has its old size."""
 
-    def resize(alteration: Alteration, size_bytes: int, *_: Any) -> None:
+    def resize(alteration: Alteration, size_bytes: int, *_: Any, **__: Any) -> None:
         resize_module.unlink_behind(alteration, size_bytes)
         alteration.transaction(lambda: alteration.state.pending.patch_header(*size_patch(size_bytes), "header.link"))
 

@@ -16,16 +16,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from helpers_cli import ENVIRONMENT
+from helpers_programs import ENVIRONMENT, Programs
 from judges import NOT_ITS_FAULT, TRIES, require
 
 SECRET = "secret,id=k,file=key"
 """What opens the encrypted images of a folder."""
-_SERVER = Path(__file__).with_name("server.py")
 _TIMES = re.compile(
     r"\d+\.\d+ seconds|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     r"|(?<=disk size: ).*|(?<=\"actual-size\": )\d+|\"(date|clock|vm)-[a-z-]+\": \d+"
@@ -36,27 +34,6 @@ _HINTS = re.compile(
     r"|\nOptional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively\."
 )
 _PROGRESS = re.compile(r"( +\(\d+\.\d\d/100%\)[\r\n])+\n?")
-
-
-class Programs:
-    """Ours, started once."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(_SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
-        )
-
-    def run(
-        self, words: list[str], folder: Path, *, program: str = "cowfence-img", stdin: str = "/dev/null"
-    ) -> subprocess.CompletedProcess[str]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps([program, words, str(folder), stdin]), file=self._process.stdin, flush=True)
-        code, out, err = json.loads(self._process.stdout.readline())
-        return subprocess.CompletedProcess(words, code, out, err)
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 def theirs(words: list[str], folder: Path, *, program: str = "qemu-img") -> subprocess.CompletedProcess[str]:

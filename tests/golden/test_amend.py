@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import SECRET, Programs, plain, same, theirs
+from golden.beside import SECRET, plain, same, theirs
 from golden.more_disks import LUKS, OPENED, QCOW2_LUKS
+from helpers_programs import Programs
 
 ADD = f"amend --object {SECRET} --object secret,id=o,file=other --image-opts"
 ERASE = f"amend {OPENED}"

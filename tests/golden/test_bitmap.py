@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import Programs, same, theirs
+from golden.beside import same, theirs
+from helpers_programs import Programs
 
 SCRIPTS = """
 bitmap --add a new

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cowfence.qcow2.entries import COPIED
-from golden.beside import Programs, same, theirs
+from golden.beside import same, theirs
 from helpers_check import Scalpel
+from helpers_programs import Programs
 
 SCRIPTS = """
 check a

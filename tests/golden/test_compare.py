@@ -9,8 +9,9 @@ import pytest
 
 import cowfence
 from cowfence.nbd.export import Export
-from golden.beside import Programs, same, theirs
+from golden.beside import same, theirs
 from helpers_nbd import serving
+from helpers_programs import Programs
 
 SCRIPTS = """
 compare a a

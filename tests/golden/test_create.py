@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import SECRET, Programs, same, theirs
+from golden.beside import SECRET, same, theirs
+from helpers_programs import Programs
 
 ENCRYPTED = f"create -f qcow2 --object {SECRET} -o encrypt.format=luks,encrypt.key-secret=k"
 ESSIV = "encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import cowfence
-from golden.beside import Programs, plain, theirs
+from golden.beside import plain, theirs
+from helpers_programs import Programs
 
 IMAGE = """
 bitmap --add top x

@@ -17,7 +17,7 @@ import pytest
 
 from cowfence.cli.io_commands import carry_out
 from cowfence.cli.io_language import Session
-from helpers_cli import ENVIRONMENT
+from helpers_cli import ENVIRONMENT, shared_programs
 from judges import require, run
 
 MIB = 1 << 20
@@ -40,24 +40,21 @@ def _both(
     images: Path, tmp_path: Path, words: list[str], stdin: str = "", format_name: str = "qcow2"
 ) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
     """The same with both programs, each in a folder of its own."""
-    done = []
-    for name, program in (("theirs", [require("qemu-io")]), ("ours", _OURS)):
-        folder = tmp_path / name
-        if not folder.exists():
-            shutil.copytree(images, folder)
-        done.append(
-            subprocess.run(
-                [*program, *words],
-                cwd=folder,
-                env=ENVIRONMENT,
-                input=stdin,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
-            )
-        )
-    theirs, ours = done
+    for name in ("theirs", "ours"):
+        if not (tmp_path / name).exists():
+            shutil.copytree(images, tmp_path / name)
+    theirs = subprocess.run(
+        [require("qemu-io"), *words],
+        cwd=tmp_path / "theirs",
+        env=ENVIRONMENT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    (tmp_path / "stdin").write_text(stdin)
+    ours = shared_programs().run(words, tmp_path / "ours", program="cowfence-io", stdin=str(tmp_path / "stdin"))
     image = "raw" if format_name == "raw" else "image"
     compare = ["qemu-img", "compare", "-q", "-f", format_name, "-F", format_name]
     same = run([*compare, tmp_path / "theirs" / image, tmp_path / "ours" / image], check=False)

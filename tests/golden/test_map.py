@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import SECRET, Programs, same, theirs
+from golden.beside import SECRET, same, theirs
 from golden.more_disks import LUKS, OPENED, QCOW2_LUKS
+from helpers_programs import Programs
 
 SCRIPTS = f"""
 map a

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import Programs, same
+from golden.beside import same
+from helpers_programs import Programs
 
 SCRIPTS = """
 measure --size 1M

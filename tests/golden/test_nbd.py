@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from cowfence.nbd.client import NbdDisk
-from golden.beside import Programs, theirs
+from golden.beside import theirs
 from helpers_cli import ENVIRONMENT
+from helpers_programs import Programs
 from helpers_tls import Authority
 from judges import require, run
 

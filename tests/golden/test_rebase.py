@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import SECRET, Programs, same, theirs
+from golden.beside import SECRET, same, theirs
+from helpers_programs import Programs
 
 SCRIPTS = """
 rebase -b base -F qcow2 upper

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.beside import SECRET, Programs, plain, same, theirs
+from golden.beside import SECRET, plain, same, theirs
+from helpers_programs import Programs
 
 SCRIPTS = """
 snapshot -l snap

@@ -79,10 +79,3 @@ def test_the_words_are_qemus(words: list[str], tmp_path: Path) -> None:
         told.append((done.returncode, done.stdout, [line.split(": ")[-1] for line in done.stderr.splitlines()][:1]))
         image.unlink()
     assert told[0] == told[1]
-
-
-def test_image_opts_are_refused_by_name(tmp_path: Path) -> None:
-    done = run_cowfence("resize", "--image-opts", "driver=qcow2,file.filename=x", "1M", cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "--image-opts" in done.stderr
-    assert len(done.stderr.splitlines()) == 1

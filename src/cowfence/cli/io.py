@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cowfence import __version__
 from cowfence.cli.io_commands import carry_out
@@ -17,9 +17,9 @@ from cowfence.errors import CowfenceError, Invalid, Unsupported
 _PROGRAM = "cowfence-io"
 
 
-def entry() -> int:
-    """Run the command line; returns the exit code: 1 if any command failed."""
-    return run_program(_PROGRAM, _run, sys.argv[1:])
+def entry(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` by default); returns the exit code: 1 if any command failed."""
+    return run_program(_PROGRAM, _run, list(sys.argv[1:] if argv is None else argv))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ from cowfence.nbd.transmission import (
     ServerTransmission,
 )
 from cowfence.nbd.uri import NbdUri
-from cowfence.nbd.workers import Bell, Job, Workers, is_fence, submit
+from cowfence.nbd.workers import Bell, Job, Pools, is_fence, submit
 from cowfence.units import KIB
 
 __all__ = ["Limits", "Server"]
@@ -100,7 +100,7 @@ class Server:
         self._addresses: list[NbdUri] = []
         self._connections: dict[int, Connection] = {}
         self._negotiating: deque[Connection] = deque()
-        self._pools: dict[int, tuple[Export, Workers]] = {}
+        self._pools = Pools(self._limits.workers, self._bell)
         self._calls: deque[Callable[[], None]] = deque()
         self._calling = threading.Lock()
         self._next_idle_look = math.inf if self._limits.idle_seconds is None else 0.0
@@ -181,13 +181,6 @@ class Server:
             self._calls.append(function)
         self._bell.ring()
 
-    def _pool_of(self, export: Export) -> Workers:
-        """Its own threads: an export whose disk is slow takes none from others."""
-        pool = self._pools.get(id(export))
-        if pool is None:
-            pool = self._pools[id(export)] = export, Workers(self._limits.workers, self._bell)
-        return pool[1]
-
     def _timeout_seconds(self) -> float | None:
         deadlines = [self._negotiating[0].deadline] if self._negotiating else []
         if self._stop_deadline is not None and self._stop_deadline != math.inf:
@@ -197,9 +190,7 @@ class Server:
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _finished(self) -> bool:
-        return (
-            self._stop_deadline is not None and not self._connections and not any(pool.busy for _, pool in self._pools.values())
-        )
+        return self._stop_deadline is not None and not self._connections and not self._pools.busy
 
     def _look_at_clock(self) -> None:
         if self._stop_wanted and self._stop_deadline is None:
@@ -258,8 +249,7 @@ class Server:
         self._close_listeners()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server has ended")
-        for _, pool in self._pools.values():
-            pool.close()
+        self._pools.close()
         self._epoll.close()
 
     # --- connections ---
@@ -320,6 +310,7 @@ class Server:
         if connection.export is not None:
             connection.export.stats.clients -= 1
             if not connection.export.stats.clients:
+                self._pools.let_go(connection.export)
                 self._on_unused(connection.export)
         # Also where the very last one never came to use an export.
         if self._until_unused and self._used and not self._connections:
@@ -499,7 +490,7 @@ class Server:
                 outcomes = submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
-                    if connection.pace.quick and not self._pool_of(export).busy:
+                    if connection.pace.quick and not self._pools.of(export).busy:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
                     self._defer(connection, export, batch, blocked)
@@ -572,19 +563,20 @@ class Server:
             cost_bytes = sum(request.length_bytes for request in work.requests if request.verb in _WITH_DATA)
         connection.jobs += requests
         connection.jobs_bytes += cost_bytes
-        self._pool_of(export).submit(Job(connection, export, work, requests, cost_bytes))
+        self._pools.of(export).submit(Job(connection, export, work, requests, cost_bytes))
 
     def _on_bell(self, _events: int) -> None:
         self._bell.silence()
         while self._calls:
             self._calls.popleft()()
         ready: dict[int, tuple[Connection, list[Reply]]] = {}
-        for job, outcomes, result, seconds in [done for _, pool in list(self._pools.values()) for done in pool.take_done()]:
+        for job, outcomes, result, seconds in self._pools.take_done():
             job.export.stats.answered(job.requests, seconds)
             connection, transmission = job.connection, job.connection.transmission
             connection.jobs -= job.requests
             connection.jobs_bytes -= job.cost_bytes
             if connection.closed or transmission is None:
+                self._pools.let_go(job.export)
                 continue
             _, replies = ready.setdefault(connection.fd, (connection, []))
             if isinstance(job.work, Query):

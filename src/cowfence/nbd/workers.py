@@ -125,6 +125,45 @@ class Workers:
             self._bell.ring()
 
 
+class Pools:
+    """A pool for each export that is used: one whose disk is slow takes no threads from others. Nothing is kept of those that
+    nobody uses any more, for exports come and go. Used by the loop's thread."""
+
+    def __init__(self, most: int, bell: Bell) -> None:
+        self._most = most
+        self._bell = bell
+        self._pools: dict[int, tuple[Export, Workers]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+    def of(self, export: Export) -> Workers:
+        """The pool of an export; it is made where there is none."""
+        held = self._pools.get(id(export))
+        if held is None:
+            held = self._pools[id(export)] = export, Workers(self._most, self._bell)
+        return held[1]
+
+    def let_go(self, export: Export) -> None:
+        """Forget the pool of an export that has neither clients nor jobs."""
+        _, pool = self._pools.get(id(export), (export, None))
+        if pool is not None and not export.stats.clients and not pool.busy:
+            del self._pools[id(export)]
+            pool.close()
+
+    @property
+    def busy(self) -> bool:
+        return any(pool.busy for _, pool in self._pools.values())
+
+    def take_done(self) -> list[Done]:
+        return [done for _, pool in self._pools.values() for done in pool.take_done()]
+
+    def close(self) -> None:
+        """Wait for all jobs and end the threads."""
+        for _, pool in self._pools.values():
+            pool.close()
+
+
 def is_fence(request: Request) -> bool:
     return request.verb is Verb.FLUSH or (request.verb is Verb.WRITE and request.fua)
 

@@ -12,9 +12,10 @@ from cowfence.ops.commit import commit_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 from cowfence.qcow2.describe import snapshot_dict
-from cowfence.service.backup import BACKUP_PREFIX, Moment, take_back
+from cowfence.service.backup import BACKUP_PREFIX, Moment
 from cowfence.service.control import Command, Fields, qcow2_of
 from cowfence.service.exports import OpenedExport
+from cowfence.service.registry import left_alone
 
 if TYPE_CHECKING:
     from cowfence.service.service import Service
@@ -102,7 +103,7 @@ class LiveCommands:
         name, opened = self._image(fields)
         disk, which = qcow2_of(opened.image, name), fields.text("name")
         fields.end()
-        if opened.export.stats.clients:
+        if not left_alone(opened.export):
             raise Invalid(f"the export {name!a} has clients, whose disk would become another one under them")
         return snapshot_dict(apply_snapshot(disk, which))
 
@@ -209,12 +210,7 @@ class LiveCommands:
         fields = Fields(request)
         backup_name, failed = fields.text("name"), fields.flag("failed")
         fields.end()
-        backup = self._service.end_backup(backup_name)
-        if backup.bitmap is not None and backup.next_bitmap is not None:
-            if failed:
-                take_back(backup.disk, backup.bitmap, backup.next_bitmap)
-            else:
-                backup.disk.bitmaps.remove(backup.bitmap)
+        self._service.end_backup(backup_name, failed=failed)
         return None
 
     # --- the server ---

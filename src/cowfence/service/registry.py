@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.export import Export
 
 _log = logging.getLogger(__name__)
+
+
+_PATIENCE_SECONDS: Final = 3.0
+
+
+def left_alone(export: Export) -> bool:
+    """Whether the export has no clients; one that has just said goodbye may still be on its way out."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while export.stats.clients and time.monotonic() < end:
+        time.sleep(0.02)
+    return not export.stats.clients
 
 
 class Served(Protocol):
@@ -30,6 +42,8 @@ class Registry(Mapping[str, Export]):
         self._guard = threading.Condition()
         self._served: dict[str, Served] = {}
         self._leaving: list[Served] = []
+        self._closing: list[Served] = []
+        """Out of ``_leaving``, each by one thread."""
 
     def __getitem__(self, name: str) -> Export:
         return self._served[name].export
@@ -69,6 +83,8 @@ class Registry(Mapping[str, Export]):
         """An export has no clients: where it was taken away, it is closed, in a thread of its own."""
         with self._guard:
             gone = [served for served in self._leaving if served.export is export and not export.stats.clients]
+            self._leaving = [served for served in self._leaving if served not in gone]
+            self._closing += gone
         for served in gone:
             threading.Thread(target=self._close, args=(served,), name="nbd-closing").start()
 
@@ -79,19 +95,18 @@ class Registry(Mapping[str, Export]):
             _log.error("closing an export: %s", error)
         finally:
             with self._guard:
-                if served in self._leaving:
-                    self._leaving.remove(served)
+                self._closing.remove(served)
                 self._guard.notify_all()
 
     def wait_until_closed(self, served: Served) -> None:
         """Until somebody else has closed it."""
         with self._guard:
-            self._guard.wait_for(lambda: served not in self._leaving)
+            self._guard.wait_for(lambda: served not in self._leaving and served not in self._closing)
 
     def close(self) -> None:
         """Close everything; the server has ended. Raises the first of what that raises, after all were closed."""
         with self._guard:
-            self._guard.wait_for(lambda: not any(not served.export.stats.clients for served in self._leaving), timeout=60)
+            self._guard.wait_for(lambda: not self._closing)
             everything = [*self._served.values(), *self._leaving]
             self._served, self._leaving = {}, []
         failed: CowfenceError | None = None

@@ -16,11 +16,11 @@ import cowfence
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.server import Server
-from cowfence.service.backup import Backup, Moment
+from cowfence.service.backup import Backup, Moment, take_back
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
 from cowfence.service.control import ControlServer
 from cowfence.service.exports import OpenedExport, is_export_name
-from cowfence.service.registry import Registry, Served
+from cowfence.service.registry import Registry, Served, left_alone
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -277,16 +277,24 @@ class Service:
             )
             self.registry.add(name, backup)
 
-    def end_backup(self, name: str) -> Backup:
-        """Give up what was kept for a backup; afterwards its name is free. Raises Invalid where there is none, or it has
-        clients."""
+    def end_backup(self, name: str, *, failed: bool) -> None:
+        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
+
+        Raises Invalid where there is no such backup, or it has clients, and what the bitmaps raise.
+        """
         with self._changing:
             backup = self.registry.served(name)
             if not isinstance(backup, Backup):
                 raise Invalid(f"the export {name!a} is no backup")
-            # A backup of this name that begins now must not have its snapshot deleted in place of this one's.
+            if not left_alone(backup.export):
+                raise Invalid(f"the backup {name!a} has clients")
+            # Its snapshot is gone when this returns. Nobody takes the image away before, or begins a backup of this name.
             self.registry.wait_until_closed(self._in_server(partial(self._take_away_unused, name)))
-            return backup
+            if backup.bitmap is not None and backup.next_bitmap is not None:
+                if failed:
+                    take_back(backup.disk, backup.bitmap, backup.next_bitmap)
+                else:
+                    backup.disk.bitmaps.remove(backup.bitmap)
 
     def _take_away_unused(self, name: str) -> Served:
         if self.registry[name].stats.clients:

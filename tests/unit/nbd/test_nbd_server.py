@@ -427,3 +427,28 @@ def test_who_takes_its_replies_slowly_is_not_idle(tmp_path: Path, storage: TinyS
         for _ in range(8):
             time.sleep(0.15)
             assert len(bare.receive(SIZE // 8)) == SIZE // 8
+
+
+def test_nothing_is_kept_of_exports_that_nobody_uses(tmp_path: Path) -> None:
+    """Backups come and go for as long as a server lives."""
+    exports: dict[str, Export] = {}
+    before = threading.active_count()
+    with serving(tmp_path, exports) as server:
+        for number in range(5):
+            exports[str(number)] = Export(RawDisk(TinyStorage(SIZE)))
+            with NbdDisk(server.uri(str(number))) as disk:
+                disk.write(0, b"x", fua=True)
+                assert list(disk.extents(0, SIZE))
+            eventually(lambda: not server._pools, "a pool is kept")
+            del exports[str(number)]
+        # In mid-request, too.
+        storage = TinyStorage(SIZE)
+        storage.gate = threading.Event()
+        exports["slow"] = Export(RawDisk(storage))
+        bare = BareClient(tmp_path / "sock", "slow")
+        bare.send(Command.WRITE, length=4, data=b"late", flags=CommandFlag.FUA)
+        eventually(lambda: bool(server._pools), "nothing was begun")
+        bare.sock.close()
+        storage.gate.set()
+        eventually(lambda: not server._pools, "a pool is kept")
+        eventually(lambda: threading.active_count() == before + 1, "a thread is kept")

@@ -15,13 +15,14 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
-from cowfence.cli import img, nbd
+from cowfence.cli import img, io, nbd
 from cowfence.cli.main import COMMANDS, entry_of
 
 _PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "cowfence": lambda words: entry_of("cowfence", COMMANDS, words),
     "cowfence-img": lambda words: entry_of("cowfence-img", {name: COMMANDS[name] for name in img.NAMES}, words),
     "cowfence-nbd": nbd.entry,
+    "cowfence-io": io.entry,
 }
 
 
