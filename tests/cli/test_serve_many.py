@@ -621,3 +621,32 @@ def test_in_the_background_it_still_says_where_it_is(folder: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("it did not end")
+
+
+def test_names_that_no_client_can_say(folder: Path, start: Start) -> None:
+    """Files and snapshots may be named with any bytes, exports not; sockets may."""
+    (folder / "b").rename(folder / "b\udcff")
+    for words in (["a", "b\udcff"], ["-x", "\udcff", "a"]):
+        done = command("serve", "-k", "sock", *words, cwd=folder, check=False)
+        assert done.returncode == 1
+        assert done.stderr.endswith("is not\n")
+        assert done.stderr.count("\n") == 1
+    run(["qemu-img", "snapshot", "-c", "s\udcff", "a"])
+    server = start("--control", "control", "--snapshots", "a")
+    assert names() == ["", "@1"]
+    with pytest.raises(CowfenceError, match="UTF-8"):
+        ctl("backup-begin", name="\udcff")
+    ctl("snapshot-create", name="two\nlines")
+    listed = command("ctl", "-k", "control", "snapshot-list", cwd=folder).stdout.splitlines()
+    assert len(listed) == 2
+    assert command("ctl", "-k", "control", "stop", cwd=folder).stdout == ""
+    assert server.wait(20) == 0
+    server = subprocess.Popen(
+        [*COWFENCE, "serve", "-k", "so\udcff", "a"], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "nbd+unix:///?socket=so%FF\n"
+    with NbdDisk("nbd+unix:///?socket=so%FF") as disk:
+        assert disk.read(MIB, 1) == b"\7"
+    server.terminate()
+    assert server.wait(20) == 0

@@ -101,7 +101,7 @@ def _print(result: object) -> None:
     """A list, a line each; of the rest, a line for each thing that it says."""
     if isinstance(result, list):
         for one in result:
-            print("  ".join(f"{key}: {value}" for key, value in one.items()) if isinstance(one, dict) else one)
+            print(one_line("  ".join(f"{key}: {value}" for key, value in one.items()) if isinstance(one, dict) else str(one)))
     elif isinstance(result, dict):
         for key, value in result.items():
-            print(f"{key}: {value}")
+            print(one_line(f"{key}: {value}"))

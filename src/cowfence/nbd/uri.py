@@ -44,9 +44,10 @@ class NbdUri:
         try:
             parts = urlsplit(text)
             port = parts.port
-            query = parse_qs(parts.query, keep_blank_values=True, errors="strict")
+            query = parse_qs(parts.query, keep_blank_values=True, errors="surrogateescape")  # names of files, of any bytes
             export = unquote(parts.path[1:], errors="strict")
             user = None if parts.username is None else unquote(parts.username, errors="strict")
+            (export + (user or "")).encode()
         except ValueError as error:
             raise Invalid(f"'{text}' is not an NBD URI: {error}") from error
         if parts.scheme not in _PLACES:
@@ -79,9 +80,9 @@ class NbdUri:
         )
 
     def __str__(self) -> str:
-        export = quote(self.export, safe="")
+        export = quote(self.export, safe="", errors="surrogateescape")
         scheme = "nbds" if self.tls else "nbd"
-        user = "" if self.user is None else f"{quote(self.user, safe='')}@"
+        user = "" if self.user is None else f"{quote(self.user, safe='', errors='surrogateescape')}@"
         words = {
             "socket": self.socket_path,
             "tls-certificates": self.tls_directory,
@@ -89,7 +90,8 @@ class NbdUri:
             "tls-verify-peer": None if self.verify_peer else "false",
             "tls-psk-file": self.psk_file,
         }
-        query = "&".join(f"{name}={quote(value)}" for name, value in words.items() if value is not None)
+        given = {name: value for name, value in words.items() if value is not None}
+        query = "&".join(f"{name}={quote(value, errors='surrogateescape')}" for name, value in given.items())
         query = f"?{query}" if query else ""
         if self.socket_path is not None:
             return f"{scheme}+unix://{user}/{export}{query}"

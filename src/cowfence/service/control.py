@@ -23,6 +23,7 @@ from cowfence.nbd.listening import Listener, listen_unix
 
 _log = logging.getLogger(__name__)
 _LINE_MAX_BYTES: Final = 64 * 1024
+_AGAIN_SECONDS: Final = 0.1
 _LAST_SECONDS: Final = 10.0
 _OWNER_ONLY: Final = 0o177
 
@@ -45,6 +46,7 @@ class ControlServer:
         self._listener.sock.setblocking(True)
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._guard = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
 
     def start(self) -> None:
@@ -54,8 +56,12 @@ class ControlServer:
         while True:
             try:
                 client, _ = self._listener.sock.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._closed:
+                    return
+                _log.warning("accept: %s", error)
+                time.sleep(_AGAIN_SECONDS)  # out of descriptors, for instance
+                continue
             thread = threading.Thread(target=self._serve, args=(client,), name="control-client", daemon=True)
             with self._guard:
                 self._clients[client] = thread
@@ -95,6 +101,7 @@ class ControlServer:
     def close(self) -> None:
         """Take no more requests. What is being done comes to its end, and who asked for it is told, if that takes no longer
         than ``_LAST_SECONDS``."""
+        self._closed = True
         # Closing alone would leave the thread waiting in accept.
         with suppress(OSError):
             self._listener.sock.shutdown(socket.SHUT_RDWR)

@@ -169,8 +169,19 @@ class OpenedExport:
         self._files.close()
 
 
+def is_export_name(name: str) -> bool:
+    """Whether clients can ask for it. Names of files and of snapshots may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check(spec: ExportSpec) -> None:
     name = printable(spec.path)
+    if not is_export_name(spec.name):
+        raise Invalid(f"{name}: the name of an export is UTF-8, which {spec.name!a} is not")
     if spec.cache not in CACHES:
         raise Invalid(f"Invalid cache mode '{spec.cache}'")
     if spec.detect_zeroes not in DETECT_ZEROES:

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import cowfence
 from cowfence.disk.opener import Refs
@@ -18,7 +19,7 @@ from cowfence.nbd.server import Server
 from cowfence.service.backup import Backup, Moment, take_back
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
 from cowfence.service.control import ControlServer
-from cowfence.service.exports import OpenedExport
+from cowfence.service.exports import OpenedExport, is_export_name
 from cowfence.service.registry import Registry, Served, left_alone
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cowfence.service.metrics import MetricsServer
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def moment_name(export: str, snapshot: str) -> str:
@@ -169,7 +171,7 @@ class Service:
                     clients=plan.spec.clients,
                 )
                 name = moment_name(plan.spec.name, snapshot.name)
-                if name in self.registry:  # QEMU makes several snapshots of one name
+                if name in self.registry or not is_export_name(name):  # QEMU makes several snapshots of one name
                     name = moment_name(plan.spec.name, snapshot.id)
                 try:
                     self.registry.add(name, moment)
@@ -177,26 +179,25 @@ class Service:
                     moment.close()
                     raise
 
-    def remove(self, name: str, *, unused: bool = False) -> Served:
-        """No new client finds the export; it is closed once the last one has left. Raises Invalid where there is none, and with
-        ``unused`` where it has clients."""
+    def _in_server(self, function: Callable[[], _T]) -> _T:
+        """What ``function`` returns, or raises of ours, in the serving thread: no client comes or goes meanwhile."""
         done = threading.Event()
-        found: list[Served | CowfenceError] = []
+        results: list[_T] = []
+        errors: list[CowfenceError] = []
 
-        def remove() -> None:
+        def call() -> None:
             try:
-                if unused and self.registry.served(name).export.stats.clients:
-                    raise Invalid(f"the export {name!a} has clients")
-                found.append(self.registry.remove(name))
+                results.append(function())
             except CowfenceError as error:
-                found.append(error)
-            done.set()
+                errors.append(error)
+            finally:
+                done.set()
 
-        self.server.call(remove)
+        self.server.call(call)
         done.wait()
-        if isinstance(found[0], CowfenceError):
-            raise found[0]
-        return found[0]
+        if errors:
+            raise errors[0]
+        return results[0]
 
     def reload(self) -> dict[str, list[str]]:
         """Read the configuration again: exports that are new in it are opened, those that it has no more are closed when their
@@ -210,19 +211,19 @@ class Service:
             raise Invalid("the server has no configuration file")
         with self._changing:
             wanted = {plan.spec.name: plan for plan in self._again().exports}
-            changed = [name for name, plan in self._plans.items() if name in wanted and wanted[name] != plan]
-            held = [name for name in self._plans if self._is_held(name)]
-            in_use = [name for name in changed if name in held or self.registry[name].stats.clients]
-            in_use += [name for name in held if name not in wanted]
-            gone = [name for name in self._plans if name not in wanted and name not in held]
-            replaced = [name for name in changed if name not in in_use]
-            for name in [*gone, *replaced]:
-                for moment, _ in self.views_of(name):
-                    self.registry.wait_until_closed(self.remove(moment))
-                left = self.remove(name)
+            removed: list[str] = []
+            in_use: list[str] = []
+            for name in sorted(self._plans, key=lambda name: name in wanted):
+                if wanted.get(name) == self._plans[name]:
+                    continue
+                left = self._in_server(partial(self._take_away, name, although_used=name not in wanted))
+                if left is None:
+                    in_use.append(name)
+                    continue
                 del self._plans[name]
-                if name in replaced:
-                    self.registry.wait_until_closed(left)
+                removed.append(name)
+                for served in left:
+                    self.registry.wait_until_closed(served)
             new = [name for name in wanted if name not in self._plans]
             failed: CowfenceError | None = None
             for name in new:
@@ -232,7 +233,7 @@ class Service:
                     failed = failed or error
             if failed is not None:
                 raise failed
-            return {"added": new, "removed": [*gone, *replaced], "in-use": in_use}
+            return {"added": new, "removed": removed, "in-use": in_use}
 
     def views_of(self, name: str) -> list[tuple[str, Backup | Moment]]:
         """The backups and snapshots of an export that are exported themselves."""
@@ -241,8 +242,16 @@ class Service:
         others = [(other, self.registry.served(other)) for other in self.registry]
         return [(other, view) for other, view in others if isinstance(view, Backup | Moment) and view.disk is opened.image]
 
-    def _is_held(self, name: str) -> bool:
-        return any(isinstance(view, Backup) or view.export.stats.clients for _, view in self.views_of(name))
+    def _take_away(self, name: str, *, although_used: bool) -> list[Served] | None:
+        """No new client finds an export, nor its snapshots: those of them that are being closed now. None where it stays, since
+        there is a backup of it, or a snapshot of it is used, or it itself is, unless it goes ``although_used``."""
+        used = bool(self.registry[name].stats.clients)
+        views = self.views_of(name)
+        if (used and not although_used) or any(isinstance(view, Backup) or view.export.stats.clients for _, view in views):
+            return None
+        closing: list[Served] = [self.registry.remove(other) for other, _ in views]
+        last = self.registry.remove(name)
+        return closing if used else [*closing, last]
 
     def begin_backup(
         self, name: str, of: str, opened: OpenedExport, *, bitmap: str | None = None, next_bitmap: str | None = None
@@ -251,6 +260,8 @@ class Service:
         with self._changing:
             if name in self.registry:
                 raise Invalid(f"there is an export {name!a} already")
+            if not is_export_name(name):
+                raise Invalid(f"the name of an export is UTF-8, which {name!a} is not")
             plan = self._plans[of]
             secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
             backup = Backup(
@@ -278,12 +289,17 @@ class Service:
             if not left_alone(backup.export):
                 raise Invalid(f"the backup {name!a} has clients")
             # Its snapshot is gone when this returns. Nobody takes the image away before, or begins a backup of this name.
-            self.registry.wait_until_closed(self.remove(name, unused=True))
+            self.registry.wait_until_closed(self._in_server(partial(self._take_away_unused, name)))
             if backup.bitmap is not None and backup.next_bitmap is not None:
                 if failed:
                     take_back(backup.disk, backup.bitmap, backup.next_bitmap)
                 else:
                     backup.disk.bitmaps.remove(backup.bitmap)
+
+    def _take_away_unused(self, name: str) -> Served:
+        if self.registry[name].stats.clients:
+            raise Invalid(f"the export {name!a} has clients")
+        return self.registry.remove(name)
 
     def begin_backup_of_only(self, name: str) -> None:
         """The same of the only export."""

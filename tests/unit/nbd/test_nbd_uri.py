@@ -62,3 +62,13 @@ def test_what_is_no_uri(text: str) -> None:
 def test_any_name_and_path_survive(export: str, path: str) -> None:
     uri = NbdUri(export, socket_path="/" + path)
     assert NbdUri.parse(str(uri)) == uri
+
+
+def test_names_of_files_are_any_bytes_and_exports_are_text() -> None:
+    uri = NbdUri("ä", socket_path="so\udcff")
+    assert str(uri) == "nbd+unix:///%C3%A4?socket=so%FF"
+    assert NbdUri.parse(str(uri)) == uri
+    assert NbdUri.parse("nbd+unix:///?socket=so\udcff").socket_path == "so\udcff"
+    for text in ("nbd://h/%ff", "nbd://h/\udcff", "nbd://\udcff@h/"):
+        with pytest.raises(Invalid):
+            NbdUri.parse(text)
