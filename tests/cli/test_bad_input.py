@@ -185,7 +185,7 @@ def test_bad_images(tmp_path: Path, build: Build, command: str, line: str) -> No
         (["dd", "-f", "raw", "if=old", "of=y", "skip=100"], "old: cannot skip 51200 bytes, the disk has 3"),
         (["serve", "--bind", "0.0.0.0", "x"], "0.0.0.0 can be reached from other hosts"),
         (["serve", "--force-share", "x"], "--force-share needs --read-only"),
-        (["serve", "--socket", "s", "--port", "1", "x"], "--socket excludes --bind and --port"),
+        (["serve", "--socket", "s", "--port", "1", "x"], "a socket excludes an address and a port"),
         (["serve", "--port", "65536", "x"], "argument -p/--port: '65536' is not a port"),
         (["serve", "-f", "raw", "--cache", "unsafe", "old"], "for qcow2 images"),
     ],

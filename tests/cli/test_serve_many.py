@@ -155,9 +155,14 @@ def test_a_configuration_is_read_again(folder: Path, start: Start) -> None:
     with pytest.raises(CowfenceError, match=r"c\.toml"):
         ctl("reload")
     assert sorted(names()) == ["disk", "other"]
+    (folder / "c.toml").write_text(CONFIG.replace("clients = 7", "clients = 8"))
+    with pytest.raises(CowfenceError, match="start it again"):
+        ctl("reload")
     # What a backup is made of stays.
     ctl("backup-begin", export="disk", name="moment")
-    (folder / "c.toml").write_text('[server]\nsocket = "sock"\ncontrol = "control"\n[[export]]\nname = "b"\nimage = "b"\n')
+    (folder / "c.toml").write_text(
+        '[server]\nsocket = "sock"\ncontrol = "control"\nclients = 7\nidle-seconds = 60\n[[export]]\nname = "b"\nimage = "b"\n'
+    )
     assert ctl("reload") == {"added": ["b"], "removed": ["other"], "in-use": ["disk"]}
     ctl("backup-end", name="moment")
     assert ctl("reload") == {"added": [], "removed": ["disk"], "in-use": []}

@@ -13,22 +13,20 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.main import add_output_option, add_reference_options, size_bytes
 from cowfence.cli.secrets import add_secret_options, secrets_of
-from cowfence.errors import Invalid, StorageFailed
+from cowfence.errors import Invalid
 from cowfence.nbd.messages import DEFAULT_PORT
 from cowfence.nbd.server import Limits
-from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, read_config
+from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, check_config, read_config
 from cowfence.service.exports import CACHE_BYTES, CACHES, COMMIT_SECONDS, DETECT_ZEROES, ExportSpec
 
 if TYPE_CHECKING:
     from cowfence.service.service import Service
 
 _LOOPBACK: Final = "127.0.0.1"
-_NAME_MAX_BYTES: Final = 4096
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cowfence.service.service import Service
 
     config = _config(arguments)
-    _check(config.server, [plan.spec for plan in config.exports])
+    check_config(config)
     sockets = activated_sockets()
     if sockets and (config.server.socket, config.server.bind, config.server.port) != (None, None, None):
         raise Invalid("socket activation excludes a socket, an address and a port of our own")
@@ -267,32 +265,3 @@ def _defaults() -> dict[str, object]:
 
 
 _DEFAULTS: Final = _defaults()
-
-
-def _check(settings: ServerSettings, specs: Sequence[ExportSpec]) -> None:
-    """What must not be said together. Raises Invalid."""
-    if settings.socket is not None and (settings.bind is not None or settings.port is not None):
-        raise Invalid("--socket excludes --bind and --port")
-    if settings.tls is None and (settings.tls_offered or not settings.verify_clients):
-        raise Invalid("TLS is not offered without a certificate (--tls)")
-    if settings.tls is None and any(spec.clients is not None for spec in specs):
-        raise Invalid("clients are known by their certificates, which need TLS (--tls)")
-    if any(spec.force_share and spec.writes for spec in specs):
-        raise Invalid("--force-share needs --read-only")
-    open_to_all = settings.tls is None or settings.tls_offered
-    if settings.bind is not None and open_to_all and not settings.insecure and not _is_loopback(settings.bind):
-        raise Invalid(
-            f"{settings.bind} can be reached from other hosts, and anyone there could read and write the disk; "
-            "add --tls DIR, or --insecure to serve it nevertheless"
-        )
-    if any(len(spec.name.encode("utf-8", "surrogateescape")) > _NAME_MAX_BYTES for spec in specs):
-        raise Invalid(f"an export's name has at most {_NAME_MAX_BYTES} bytes")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        cause = error if isinstance(error, OSError) else OSError(0, "no host name")
-        raise StorageFailed(host, "look up", 0, cause) from error
-    return all(ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

@@ -14,9 +14,11 @@ bitmaps = ["daily"]
 from __future__ import annotations
 
 import os
+import socket
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from typing import Any, Final
 
 from cowfence.errors import Invalid, StorageFailed
@@ -25,6 +27,7 @@ from cowfence.service.exports import CACHE_BYTES, CACHES, COMMIT_SECONDS, DETECT
 from cowfence.units import parse_size
 
 FORMATS: Final = ("qcow2", "raw", "luks")
+_NAME_MAX_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,36 @@ def _plan(found: Mapping[str, Any], base: str) -> ExportPlan:
     plan = ExportPlan(spec, words.paths("roots"), words.flag("untrusted"), words.path("secret-file"))
     words.end()
     return plan
+
+
+def check_config(config: ServiceConfig) -> None:
+    """What must not be said together. Raises Invalid, and StorageFailed for an address that cannot be looked up."""
+    settings, specs = config.server, [plan.spec for plan in config.exports]
+    if settings.socket is not None and (settings.bind is not None or settings.port is not None):
+        raise Invalid("a socket excludes an address and a port")
+    if settings.tls is None and (settings.tls_offered or not settings.verify_clients):
+        raise Invalid("TLS is not offered without a certificate (tls)")
+    if settings.tls is None and any(spec.clients is not None for spec in specs):
+        raise Invalid("clients are known by their certificates, which need TLS (tls)")
+    if any(spec.force_share and spec.writes for spec in specs):
+        raise Invalid("--force-share needs --read-only")
+    open_to_all = settings.tls is None or settings.tls_offered
+    if settings.bind is not None and open_to_all and not settings.insecure and not _is_loopback(settings.bind):
+        raise Invalid(
+            f"{settings.bind} can be reached from other hosts, and anyone there could read and write the disk; "
+            "add --tls DIR, or --insecure to serve it nevertheless"
+        )
+    if any(len(spec.name.encode("utf-8", "surrogateescape")) > _NAME_MAX_BYTES for spec in specs):
+        raise Invalid(f"an export's name has at most {_NAME_MAX_BYTES} bytes")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        cause = error if isinstance(error, OSError) else OSError(0, "no host name")
+        raise StorageFailed(host, "look up", 0, cause) from error
+    return all(ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 class _Words:

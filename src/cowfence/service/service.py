@@ -17,7 +17,7 @@ from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.server import Server
 from cowfence.service.backup import Backup, Moment, take_back
-from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig
+from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, check_config
 from cowfence.service.control import ControlServer
 from cowfence.service.exports import OpenedExport, is_export_name
 from cowfence.service.registry import Registry, Served, left_alone
@@ -210,7 +210,11 @@ class Service:
         if self._again is None:
             raise Invalid("the server has no configuration file")
         with self._changing:
-            wanted = {plan.spec.name: plan for plan in self._again().exports}
+            config = self._again()
+            check_config(config)
+            if config.server != self._settings:
+                raise Invalid("[server] is as it was when the server began; stop it and start it again to change that")
+            wanted = {plan.spec.name: plan for plan in config.exports}
             removed: list[str] = []
             in_use: list[str] = []
             for name in sorted(self._plans, key=lambda name: name in wanted):
