@@ -23,6 +23,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
+        self._environment = dict(ENVIRONMENT)
         self._process = subprocess.Popen(
             [sys.executable, str(_SERVER)],
             stdin=subprocess.PIPE,
@@ -48,7 +49,9 @@ class Programs:
         with self._guard:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            print(json.dumps([program, list(words), os.fspath(folder), stdin]), file=self._process.stdin, flush=True)
+            changed = {name: value for name, value in ENVIRONMENT.items() if self._environment.get(name) != value}
+            request = [program, list(words), os.fspath(folder), stdin, changed]
+            print(json.dumps(request), file=self._process.stdin, flush=True)
             if not select.select([self._process.stdout], [], [], timeout_seconds)[0]:
                 self._process.kill()
                 raise subprocess.TimeoutExpired(list(words), timeout_seconds)

@@ -1,8 +1,8 @@
 """A process that has everything loaded and runs one command line after another, each in a child of its own.
 
 Starting an interpreter for each of many hundred command lines would take most of the time of the tests. Requests are lines of
-JSON on standard input, ``[program, words, folder, name of a file for what stdin holds]``; answers the same, ``[exit code,
-stdout, stderr]``.
+JSON on standard input, ``[program, words, folder, name of a file for what stdin holds, changes of the environment]``; answers
+the same, ``[exit code, stdout, stderr]``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def _serve() -> None:
         importlib.import_module(f"cowfence.cli.{name}")
         importlib.import_module(f"cowfence.ops.{name}")
     for line in sys.stdin:
-        program, words, folder, stdin = json.loads(line)
+        program, words, folder, stdin, environment = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             child = os.fork()
             if not child:
+                os.environ.update(environment)
                 os._exit(_child(program, words, folder, stdin, out.fileno(), err.fileno()))
             _, status = os.waitpid(child, 0)
             said = []
