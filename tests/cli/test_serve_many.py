@@ -25,7 +25,7 @@ from cowfence.service.config import read_config
 from cowfence.service.control import ask
 from helpers_cli import COWFENCE, ENVIRONMENT
 from helpers_cli import cowfence as command
-from judges import run
+from judges import require, run
 
 MIB = 1 << 20
 Start = Callable[..., subprocess.Popen[str]]
@@ -407,6 +407,50 @@ def test_a_backup_is_the_moment_it_began(folder: Path, start: Start) -> None:
     run(["qemu-img", "check", "a"])
     with cowfence.open(folder / "a") as image:
         assert not image.snapshots()
+
+
+def test_a_backup_while_fio_writes(folder: Path, start: Start) -> None:
+    """fio is stopped while the moment is looked at, and writes during all else. (Its jobs would be sessions of their own.)"""
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "disk", "64M"])
+    server = start("--control", "control", "disk")
+    fio = subprocess.Popen(
+        [
+            *(require("fio"), "--name=guest", "--thread", "--ioengine=nbd", f"--uri={uri()}", "--rw=randwrite"),
+            *(
+                "--bsrange=512-128k",
+                "--bs_unaligned",
+                "--iodepth=16",
+                "--size=64M",
+                "--time_based",
+                "--runtime=120",
+                "--fsync=100",
+                "--randrepeat=0",
+            ),
+            f"--aux-path={folder}",
+        ],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: ctl("status")["exports"][""]["clients"])
+        time.sleep(1)
+        os.killpg(fio.pid, signal.SIGSTOP)
+        time.sleep(0.5)  # the requests that the server has
+        run(["nbdcopy", uri(), "moment.raw"])
+        ctl("backup-begin", name="then")
+        os.killpg(fio.pid, signal.SIGCONT)
+        for _ in range(3):
+            run(["nbdcopy", uri("then"), "backup.raw"])
+            assert (folder / "backup.raw").read_bytes() == (folder / "moment.raw").read_bytes()
+        run(["nbdcopy", uri(), "later.raw"])
+        assert (folder / "later.raw").read_bytes() != (folder / "moment.raw").read_bytes()
+        assert fio.poll() is None
+        ctl("backup-end", name="then")
+    finally:
+        os.killpg(fio.pid, signal.SIGKILL)
+        fio.wait()
+    stop(server)
+    run(["qemu-img", "check", "disk"])
 
 
 def test_what_a_killed_server_left_of_a_backup_is_cleared_away(folder: Path, start: Start) -> None:
