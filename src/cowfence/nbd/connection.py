@@ -42,7 +42,8 @@ class Limits:
     """What clients may cost. Those named ``client_`` hold for each connection.
 
     ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
-    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients.
+    has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients. Both
+    are small because replies are new memory: four times as much gives it back to the system and faults it in again each time.
     ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing, or takes
     none of its replies, is sent away.
     """
@@ -51,8 +52,8 @@ class Limits:
     handshake_seconds: float = 10.0
     client_requests: int = 128
     client_bytes: int = 64 * MIB
-    client_unsent_bytes: int = 4 * MIB
-    batch_bytes: int = 4 * MIB
+    client_unsent_bytes: int = 1 * MIB
+    batch_bytes: int = 1 * MIB
     workers: int = 16
     idle_seconds: float | None = None
     stop_seconds: float = 10.0
