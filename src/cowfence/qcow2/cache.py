@@ -21,9 +21,9 @@ class TableCache(Generic[T]):
     def __init__(self, limit: int) -> None:
         self.limit = max(1, limit)
         self.tables: dict[int, T] = {}
+        """Hot paths read this directly."""
         self.loads = 0
         """How many tables were put into it: what it did not have."""
-        """Hot paths read this directly."""
 
     def get(self, index: int) -> T | None:
         table = self.tables.get(index)

@@ -353,7 +353,7 @@ class Committer:
 
     @property
     def commits(self) -> int:
-        """How many have ended well."""
+        """The number of the last that ended well; one that failed before it has a number too."""
         return self._finished
 
     def wait_until_idle(self) -> None:

@@ -55,7 +55,7 @@ class Backup:
         self.disk = disk
         self.bitmap, self.next_bitmap = bitmap, next_bitmap
         self._snapshot = BACKUP_PREFIX + name
-        self._drop_left_over()
+        self._end()  # what a backup of this name left when its server was killed
         # What is written until both are done stands in both bitmaps: more is copied than has to be, never less.
         if bitmap is not None and next_bitmap is not None:
             _begin_next(disk, bitmap, next_bitmap)
@@ -84,11 +84,6 @@ class Backup:
             allocation_depth=True,
             clients=clients,
         )
-
-    def _drop_left_over(self) -> None:
-        """What a backup of this name left when its server was killed."""
-        if any(snapshot.name == self._snapshot for snapshot in self.disk.snapshots()):
-            delete_snapshot(self.disk, self._snapshot)
 
     def _end(self) -> None:
         if self.disk.writable and any(snapshot.name == self._snapshot for snapshot in self.disk.snapshots()):
