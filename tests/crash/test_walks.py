@@ -16,7 +16,7 @@ from crash.orders import MUTANTS
 
 SMALL = [image for image in all_images() if image.cluster_bytes == 512]
 
-_GUESTS = ("write", "write_fua", "zero", "keep_zero", "discard", "read", "flush", "reopen", "kill", "repair")
+_GUESTS = ("write", "write_batch", "write_fua", "zero", "keep_zero", "discard", "read", "flush", "reopen", "kill", "repair")
 """Operations among which these mistakes are not rare."""
 
 

@@ -9,7 +9,9 @@ out inside another call (the interleaved model).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.crash.images import secrets
@@ -26,7 +28,7 @@ from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapsh
 from cowfence.qcow2.encryption import KeyChange, read_luks
 from cowfence.qcow2.header import Compatible
 from cowfence.qcow2.image import Qcow2Disk
-from cowfence.units import SECTOR_BYTES
+from cowfence.units import SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.crash.runner import Facts, Run
@@ -71,6 +73,8 @@ class Operation:
     whole: bool
     """Only whole clusters."""
     request: Callable[[Step, bytes], Request] | None
+    combined: bool
+    """Tried in sequences of two and three; else alone, and in walks."""
 
 
 OPERATIONS: Final[dict[str, Operation]] = {}
@@ -78,12 +82,17 @@ OPERATIONS: Final[dict[str, Operation]] = {}
 
 
 def operation(
-    name: str, *, places: bool = False, whole: bool = False, request: Callable[[Step, bytes], Request] | None = None
+    name: str,
+    *,
+    places: bool = False,
+    whole: bool = False,
+    request: Callable[[Step, bytes], Request] | None = None,
+    combined: bool = True,
 ) -> Callable[[Callable[[Run, Step], None]], Callable[[Run, Step], None]]:
     """Register the function under a name."""
 
     def register(perform: Callable[[Run, Step], None]) -> Callable[[Run, Step], None]:
-        OPERATIONS[name] = Operation(name, perform, places, whole, request)
+        OPERATIONS[name] = Operation(name, perform, places, whole, request, combined)
         return perform
 
     return register
@@ -94,6 +103,25 @@ def _write(run: Run, step: Step) -> None:
     data = run.new_data(step)
     with run.writing(step.offset, data):
         run.disk.write(step.offset, data)
+
+
+@operation("write_batch", places=True, combined=False)
+def _write_batch(run: Run, step: Step) -> None:
+    """Cut where clusters end, with a sector of each of the next two, in one batch: what a server does that many ask at once."""
+    cluster_bytes, end = run.disk.block_bytes, step.offset + step.length_bytes
+    borders = range(align_up(step.offset + 1, cluster_bytes), end, cluster_bytes)
+    ranges = list(pairwise([step.offset, *borders, end]))
+    after = align_up(end, cluster_bytes)
+    ranges += [(at, at + SECTOR_BYTES) for at in (after, after + cluster_bytes) if at < run.disk.size]
+    requests: list[Request] = []
+    with ExitStack() as noted:
+        for start, stop in ranges:
+            data = run.new_data(Step(step.verb, start, stop - start))
+            noted.enter_context(run.writing(start, data))
+            requests.append(Request(Verb.WRITE, start, len(data), data))
+        for outcome in run.disk.submit(requests):
+            if isinstance(outcome, CowfenceError):
+                raise outcome
 
 
 @operation("write_fua", places=True)

@@ -143,7 +143,12 @@ def covering_steps(image: ImageSpec) -> list[Step]:
     """The operations at the places that differ most."""
     cluster = image.cluster_bytes
     hot = [0, AGED["compressed"] * cluster, AGED["free"] * cluster] if image.aged else [0, AGED["free"] * cluster]
-    return [step for step in steps(image) if not step.length_bytes or (step.offset in hot and step.length_bytes == cluster)]
+    return [
+        step
+        for step in steps(image)
+        if OPERATIONS[step.verb].combined
+        if not step.length_bytes or (step.offset in hot and step.length_bytes == cluster)
+    ]
 
 
 def one(images: Sequence[ImageSpec]) -> Iterator[Case]:

@@ -19,22 +19,24 @@ from cowfence.nbd.transmission import (
 from cowfence.units import MIB
 
 _QUICK_SECONDS: Final = 0.00025
-_QUICK_ROW: Final = 16
+_QUICK_ALONE_SECONDS: Final = 0.002
+"""Where nobody else is kept waiting: handing a fence to a thread and back costs a good part of this."""
+_WEIGHT: Final = 1 / 8
 _IOV_MAX: Final = 1024
 
 
 @dataclass(eq=False, slots=True)
 class Pace:
-    """How quick fences have been lately, as one client has met them: ``quick_row`` in a row stayed below the limit."""
+    """How long the fences of one client have been taking: a mean of the last ones. Before the first they are taken for slow."""
 
-    quick_row: int = 0
+    mean_seconds: float = 0.01
 
-    @property
-    def quick(self) -> bool:
-        return self.quick_row >= _QUICK_ROW
+    def quick(self, *, alone: bool) -> bool:
+        """True if the next one may be waited for in the loop. ``alone``: there is no other client."""
+        return self.mean_seconds < (_QUICK_ALONE_SECONDS if alone else _QUICK_SECONDS)
 
     def note(self, seconds: float) -> None:
-        self.quick_row = self.quick_row + 1 if seconds < _QUICK_SECONDS else 0
+        self.mean_seconds += (seconds - self.mean_seconds) * _WEIGHT
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
 to ``Disk.submit(..., wait=False)`` as one batch, and answers with one vectored send. What a disk answers ``BLOCKED`` (cold
 reads, fences), and what may take long in any case (block status, caching), goes to a pool of threads and is answered when it
 is done, in any order; so a slow disk, a flush or a slow client never stops another client. One exception: handing a job to a
-thread and back costs more than a quick fence does (tmpfs, disks with a protected cache), so after a row of quick ones the
-next flush is waited for in the loop, until one is slow again.
+thread and back costs more than a quick fence does (tmpfs, disks with a protected cache), so where the last ones were quick the
+next is waited for in the loop. What is quick depends on whether there is another client who would wait too.
 
 **Bounds.** Each client has a limit of requests and of bytes that are taken in but not yet answered. At the limit its socket
 is not read; TCP or the Unix socket then holds the client back. A client that does not read its replies fills only its own
@@ -32,7 +32,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 from cowfence.disk.base import Disk, Verb
 from cowfence.errors import Closed, Invalid
@@ -56,6 +56,9 @@ from cowfence.units import KIB
 __all__ = ["Limits", "Server"]
 
 _log = logging.getLogger(__name__)
+
+Room = TypeVar("Room", int, memoryview)
+Received = TypeVar("Received", int, bytes)
 
 _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 _TLS_RECEIVE_BYTES: Final = 256 * KIB
@@ -363,15 +366,8 @@ class Server:
 
     def _negotiate(self, connection: Connection) -> None:
         handshake = connection.handshake
-        try:
-            data = connection.sock.recv(_HANDSHAKE_RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._drop(connection, str(error))
-            return
-        if not data:
-            self._drop(connection)
+        data = self._take(connection, connection.sock.recv, _HANDSHAKE_RECEIVE_BYTES)
+        if data is None:
             return
         if connection.tls is not None:
             plain = self._decrypt(connection, connection.tls, data)
@@ -428,16 +424,23 @@ class Server:
 
     # --- the hot path ---
 
-    def _receive_secure(self, connection: Connection, tls: TlsSession, transmission: ServerTransmission) -> None:
+    def _take(self, connection: Connection, receive: Callable[[Room], Received], room: Room) -> Received | None:
+        """What ``receive`` gets from the socket now; None where that is nothing. At the stream's end the client is leaving."""
         try:
-            data = connection.sock.recv(_TLS_RECEIVE_BYTES)
+            received = receive(room)
         except BlockingIOError:
-            return
+            return None
         except OSError as error:
             self._drop(connection, str(error))
-            return
-        if not data:
+            return None
+        if not received:
             connection.leaving = True
+            return None
+        return received
+
+    def _receive_secure(self, connection: Connection, tls: TlsSession, transmission: ServerTransmission) -> None:
+        data = self._take(connection, connection.sock.recv, _TLS_RECEIVE_BYTES)
+        if data is None:
             return
         plain = self._decrypt(connection, tls, data)
         if plain:
@@ -453,15 +456,8 @@ class Server:
             return
         recv_into = connection.sock.recv_into
         for _ in range(_ROUNDS):
-            try:
-                count = recv_into(transmission.space())
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._drop(connection, str(error))
-                return
-            if not count:
-                connection.leaving = True
+            count = self._take(connection, recv_into, transmission.space())
+            if count is None:
                 return
             transmission.received(count)
             self._serve(connection, transmission)
@@ -490,7 +486,7 @@ class Server:
                 outcomes = submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
-                    if connection.pace.quick and not self._pools.of(export).busy:
+                    if self._is_quick(connection) and not self._pools.of(export).busy:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
                     self._defer(connection, export, batch, blocked)
@@ -521,13 +517,16 @@ class Server:
 
     # --- the pool ---
 
+    def _is_quick(self, connection: Connection) -> bool:
+        return connection.pace.quick(alone=len(self._connections) == 1)
+
     def _wait_here(self, connection: Connection, disk: Disk, batch: Batch, blocked: list[int]) -> list[int]:
         """Do the blocked flushes in the loop while they stay quick; returns what is still blocked."""
         assert connection.transmission is not None  # it made the batch
         left = []
         for index in blocked:
             request = batch.requests[index]
-            if not connection.pace.quick or not is_fence(request):
+            if not self._is_quick(connection) or not is_fence(request):
                 left.append(index)
                 continue
             alone = Batch()

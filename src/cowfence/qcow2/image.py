@@ -22,6 +22,7 @@ from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, Ou
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.alteration import Alteration, alter
 from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all, usable_header
+from cowfence.qcow2.batch import NewClusters
 from cowfence.qcow2.compressed import CompressedWrites
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
@@ -99,6 +100,7 @@ class Qcow2Disk:
         # An entry of two words, or one that leads into another file or to what is enciphered, is no plain case.
         is_plain = geometry.l2_entry_words == 1 and not geometry.external_data and state.cipher is None
         self._tables = state.l2.tables if is_plain else {}
+        self._new_clusters = NewClusters(state, self._tables)
         self._read_cached = state.data.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""
@@ -395,6 +397,7 @@ class Qcow2Disk:
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
             if later and inline_writes:
+                later = self._new_clusters.write(requests, outcomes, later)
                 later = self._allocate_inline(requests, outcomes, later)
                 if state.pending.notes:
                     state.pending.publish()

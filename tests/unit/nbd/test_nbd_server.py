@@ -17,6 +17,7 @@ from cowfence.disk.base import Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Locked, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.nbd.client import NbdDisk
+from cowfence.nbd.connection import Pace
 from cowfence.nbd.export import Export
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno
 from cowfence.nbd.server import Limits, Server
@@ -119,6 +120,21 @@ def test_what_is_flushed_by_one_client_was_written_by_another(server: Server, st
         one.write(0, b"x")
         other.flush()
         assert storage.fences == 1
+
+
+def test_which_fences_are_waited_for_in_the_loop() -> None:
+    """Not before some were quick, nor while one that was slow is remembered; longer ones where nobody else would wait."""
+    pace = Pace()
+    assert not pace.quick(alone=True)
+    for _ in range(40):
+        pace.note(0.0001)
+    assert pace.quick(alone=False)
+    pace.note(0.1)
+    assert not pace.quick(alone=True)
+    for _ in range(80):
+        pace.note(0.0005)
+    assert pace.quick(alone=True)
+    assert not pace.quick(alone=False)
 
 
 @pytest.mark.usefixtures("server")
