@@ -1,9 +1,9 @@
-"""New clusters for a batch: its writes that find nothing where they write are planned together.
+"""The writes of a batch that change tables and can be carried out at once, under the lock that the batch holds already.
 
-That is what a guest does most when it fills a disk, and a plan for each such write costs three times what the host takes for
-the data. So the writes of one ``submit`` that lie in one cluster each, which nothing on this disk or beneath it holds yet,
-reserve all their clusters at once; then the data of each goes out, and its entry and count enter the pending transaction.
-Whatever is not that simple, or fails here without a verdict, is left to ``write``.
+Those into clusters that the disk does not have yet are planned together: that is what a guest does most when it fills a disk,
+and a plan for each costs three times what the host takes for the data. The writes that lie in one cluster each, which nothing
+on this disk or beneath it holds yet, reserve all their clusters at once; then the data of each goes out, and its entry and
+count enter the pending transaction. Whatever is not that simple, or fails here without a verdict, goes the way of ``write``.
 
 What holds on disk after a data call: bytes in a new cluster, to which nothing leads. Two writes to one new cluster never meet
 here: the second finds the first one's entry when it is carried out by itself.
@@ -14,29 +14,59 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cowfence.disk.base import Outcome, Request, Verb, as_outcome
-from cowfence.errors import CowfenceError, NoSpace
+from cowfence.errors import CowfenceError, NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Table
+from cowfence.qcow2.write import Writes
 
 
-class NewClusters:
-    """Writes into clusters that an image does not have yet. Called under the lock.
+class BatchWrites:
+    """See the module. ``tables``: L2 tables in memory by their L1 index, whose entries are single words that lead to guest data
+    as it is; none where an image has others."""
 
-    ``tables``: L2 tables in memory by their L1 index, whose entries are single words that lead to guest data as it is.
-    """
-
-    def __init__(self, state: State, tables: Mapping[int, Table]) -> None:
+    def __init__(self, state: State, writes: Writes, tables: Mapping[int, Table]) -> None:
         self._state = state
+        self._writes = writes
         self._tables = tables
         geometry = state.geometry
         self._most = min(geometry.l2_entries, state.piece_bytes >> geometry.cluster_bits)
         """The clusters of one operation: so many notes the keeper's journal has room for, see ``State.check_room``."""
 
     def write(self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int]) -> list[int]:
-        """Carry out those of the requests at ``indices`` that are such writes; returns the others. Nobody is waited for."""
+        """Carry out those of the requests at ``indices`` that are writes inside one L2 table, and neither wait nor need a
+        commit; returns the others."""
+        rest: list[int] = []
+        write, size, piece_bytes = Verb.WRITE, self._state.size, self._state.piece_bytes
+        shift = self._state.geometry.l1_shift
+        for index in self._into_new_clusters(requests, outcomes, indices):
+            verb, offset, _, data, fua, _ = requests[index]
+            length_bytes = len(data)
+            end = offset + length_bytes
+            if (
+                verb is write
+                and not fua
+                and 0 < length_bytes <= piece_bytes
+                and offset >= 0
+                and end <= size
+                and offset >> shift == end - 1 >> shift
+            ):
+                try:
+                    self._writes.write(offset, memoryview(data).cast("B"), wait=False)
+                    outcomes[index] = None
+                    continue
+                except (Cold, NeedsCommit, NoSpace, WouldBlock):
+                    pass
+                except CowfenceError as error:
+                    outcomes[index] = as_outcome(error)
+                    continue
+            rest.append(index)
+        return rest
+
+    def _into_new_clusters(self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int]) -> list[int]:
+        """The writes that are planned together; returns the other indices."""
         found, rest = self._find(requests, indices)
         state = self._state
         if not found:

@@ -22,7 +22,7 @@ from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, Ou
 from cowfence.extents import Extent, merge
 from cowfence.qcow2.alteration import Alteration, alter
 from cowfence.qcow2.assemble import CacheMode, Options, assemble, claim_all, usable_header
-from cowfence.qcow2.batch import NewClusters
+from cowfence.qcow2.batch import BatchWrites
 from cowfence.qcow2.compressed import CompressedWrites
 from cowfence.qcow2.describe import ImageInfo, describe
 from cowfence.qcow2.entries import COPIED
@@ -100,7 +100,7 @@ class Qcow2Disk:
         # An entry of two words, or one that leads into another file or to what is enciphered, is no plain case.
         is_plain = geometry.l2_entry_words == 1 and not geometry.external_data and state.cipher is None
         self._tables = state.l2.tables if is_plain else {}
-        self._new_clusters = NewClusters(state, self._tables)
+        self._batches = BatchWrites(state, self._writes, self._tables)
         self._read_cached = state.data.read_cached
         self._size = state.size
         """-1 once calls are refused, so that no range is plain any more."""
@@ -397,8 +397,7 @@ class Qcow2Disk:
                 later.append(len(outcomes))
                 outcomes.append(BLOCKED)
             if later and inline_writes:
-                later = self._new_clusters.write(requests, outcomes, later)
-                later = self._allocate_inline(requests, outcomes, later)
+                later = self._batches.write(requests, outcomes, later)
                 if state.pending.notes:
                     state.pending.publish()
         if self._interval is not None and committer.data_written:
@@ -406,34 +405,6 @@ class Qcow2Disk:
         for index in later:
             outcomes[index] = self._one(requests[index], wait=wait)
         return outcomes
-
-    def _allocate_inline(self, requests: Sequence[Request], outcomes: list[Outcome], later: list[int]) -> list[int]:
-        """Writes inside one L2 table that neither wait nor need a commit, under the lock that is held already."""
-        rest: list[int] = []
-        write, size, shift, piece_bytes = Verb.WRITE, self._state.size, self._l1_shift, self._state.piece_bytes
-        for index in later:
-            verb, offset, _, data, fua, _ = requests[index]
-            length_bytes = len(data)
-            end = offset + length_bytes
-            if (
-                verb is write
-                and not fua
-                and 0 < length_bytes <= piece_bytes
-                and offset >= 0
-                and end <= size
-                and offset >> shift == end - 1 >> shift
-            ):
-                try:
-                    self._writes.write(offset, memoryview(data).cast("B"), wait=False)
-                    outcomes[index] = None
-                    continue
-                except (Cold, NeedsCommit, NoSpace, WouldBlock):
-                    pass
-                except CowfenceError as error:
-                    outcomes[index] = as_outcome(error)
-                    continue
-            rest.append(index)
-        return rest
 
     def _one(self, request: Request, *, wait: bool) -> Outcome:
         """One request of a batch that is no plain case."""
