@@ -62,6 +62,10 @@ class RawDisk:
         return as_file(self, buffering)
 
     @property
+    def storage(self) -> Storage:
+        return self._storage
+
+    @property
     def name(self) -> str:
         """The file's, for messages."""
         return self._storage.name
@@ -77,6 +81,10 @@ class RawDisk:
         if got < len(buffer):
             self._check_length()
             memoryview(buffer)[got:] = bytes(len(buffer) - got)
+
+    def locate(self, offset: int, length_bytes: int) -> int | None:
+        """Where a range stands in the file: at its own offset, where that lies inside."""
+        return offset if 0 <= offset <= self._storage.size() - length_bytes else None
 
     def read(self, offset: int, length_bytes: int) -> bytes:
         self._check_range(offset, length_bytes)

@@ -7,16 +7,18 @@ import socket
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Final, cast
 
 from cowfence.nbd.export import Export
 from cowfence.nbd.handshake import ServerHandshake
+from cowfence.nbd.steady import FilePart, SteadyFile
 from cowfence.nbd.tls import TlsSession
-from cowfence.nbd.transmission import (
-    Reply,
-    ServerTransmission,
-)
+from cowfence.nbd.transmission import Part, Reply, ServerTransmission
 from cowfence.units import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 _QUICK_SECONDS: Final = 0.00025
 _QUICK_ALONE_SECONDS: Final = 0.002
@@ -64,7 +66,7 @@ class Limits:
 @dataclass(eq=False, slots=True)
 class Connection:
     """One client. ``transmission`` and ``export`` are there once the handshake is over. ``heard``: when something
-    came from it last, where that is limited."""
+    came from it last, where that is limited. ``steady``: the file that its long reads are answered from, where that pays."""
 
     sock: socket.socket
     fd: int
@@ -73,8 +75,9 @@ class Connection:
     transmission: ServerTransmission | None = None
     export: Export | None = None
     tls: TlsSession | None = None
+    steady: SteadyFile | None = None
     pace: Pace = field(default_factory=Pace)
-    unsent: deque[Reply] = field(default_factory=deque)
+    unsent: deque[Reply | Part] = field(default_factory=deque)
     unsent_bytes: int = 0
     jobs: int = 0
     jobs_bytes: int = 0
@@ -83,19 +86,20 @@ class Connection:
     leaving: bool = False
     closed: bool = False
 
-    def send(self, replies: list[Reply]) -> None:
-        """Send, inside of TLS where that has begun; what the socket does not take now is kept in ``unsent``. Raises OSError."""
-        self.put(replies if self.tls is None else [self.tls.encrypt(replies)])
+    def send(self, replies: Sequence[Reply | Part]) -> None:
+        """Send, inside of TLS where that has begun; what the socket does not take now is kept in ``unsent``. Where there is no
+        steady file, all are buffers. Raises OSError."""
+        self.put(replies if self.tls is None else [self.tls.encrypt(cast("Sequence[Reply]", replies))])
 
-    def put(self, messages: list[Reply]) -> None:
+    def put(self, messages: Sequence[Reply | Part]) -> None:
         """The same for what is sent as it is."""
-        if self.unsent or len(messages) > _IOV_MAX:
+        if self.unsent or self.steady is not None or len(messages) > _IOV_MAX:
             self.unsent.extend(messages)
             self.unsent_bytes += sum(map(len, messages))
             self.send_more()
             return
         try:
-            sent = self.sock.sendmsg(messages)
+            sent = self.sock.sendmsg(cast("Sequence[Reply]", messages))
         except BlockingIOError:
             sent = 0
         total_bytes = sum(map(len, messages))
@@ -108,9 +112,15 @@ class Connection:
         """What is still in ``unsent``, as far as the socket takes it. Raises OSError."""
         unsent = self.unsent
         while unsent:
-            some = [unsent[index] for index in range(min(len(unsent), _IOV_MAX))]
+            first = unsent[0]
             try:
-                sent = self.sock.sendmsg(some)
+                if isinstance(first, FilePart):
+                    self.unsent_bytes -= first.send(self.sock)
+                    if not first:
+                        unsent.popleft()
+                    continue
+                some = takewhile(lambda reply: not isinstance(reply, FilePart), islice(unsent, _IOV_MAX))
+                sent = self.sock.sendmsg(cast("Iterator[Reply]", some))
             except BlockingIOError:
                 return
             self._sent(sent)
@@ -121,7 +131,7 @@ class Connection:
         while unsent and sent >= len(unsent[0]):
             sent -= len(unsent.popleft())
         if sent:
-            unsent[0] = memoryview(unsent[0])[sent:]
+            unsent[0] = memoryview(cast("Reply", unsent[0]))[sent:]
 
     def say_goodbye(self) -> None:
         """The end of TLS, for a client that is still there to hear it."""

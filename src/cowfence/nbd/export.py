@@ -11,6 +11,7 @@ from cowfence.extents import Extent
 from cowfence.nbd.messages import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, State
 from cowfence.nbd.negotiation import ExportInfo
 from cowfence.nbd.stats import Stats
+from cowfence.nbd.steady import SteadyFile
 from cowfence.nbd.transmission import export_flags
 from cowfence.units import KIB, MIB
 
@@ -25,7 +26,7 @@ Ranges = Callable[[int, int], Iterable[tuple[int, int]]]
 class Export:
     """A disk under a name. ``read_only`` refuses writes even where the disk would take them. ``bitmaps``: whose ranges clients
     may ask for. ``allocation_depth``: they may ask which layer a range comes from. ``clients``: the names of certificates that
-    may use it; None: anybody."""
+    may use it; None: anybody. ``steady``: the file behind it, where nobody changes that."""
 
     disk: Disk
     read_only: bool = False
@@ -33,6 +34,7 @@ class Export:
     bitmaps: Mapping[str, Ranges] = field(default_factory=dict)
     allocation_depth: bool = False
     clients: frozenset[str] | None = None
+    steady: SteadyFile | None = None
     stats: Stats = field(default_factory=Stats)
 
     @property

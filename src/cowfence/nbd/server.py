@@ -31,7 +31,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from cowfence.disk.base import Disk, Verb
@@ -45,6 +45,7 @@ from cowfence.nbd.messages import ProtocolError
 from cowfence.nbd.tls import TlsSession
 from cowfence.nbd.transmission import (
     Batch,
+    Part,
     Query,
     Reply,
     ServerTransmission,
@@ -64,6 +65,7 @@ _HANDSHAKE_RECEIVE_BYTES: Final = 16 * KIB
 _TLS_RECEIVE_BYTES: Final = 256 * KIB
 _ROUNDS: Final = 4
 _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
+_NO_REPLIES: Final[Sequence[Reply | Part]] = ()
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
@@ -399,6 +401,8 @@ class Server:
             style=agreed.style,
             contexts=tuple(agreed.contexts.values()),
         )
+        if connection.tls is None and connection.sock.family is socket.AF_UNIX:
+            connection.steady = export.steady
         connection.transmission.feed(handshake.trailing)
         self._serve(connection, connection.transmission)
 
@@ -479,10 +483,13 @@ class Server:
             except ProtocolError as error:
                 self._drop(connection, str(error))
                 return
-            replies = batch.replies
+            replies, elsewhere = batch.replies, _NO_REPLIES
             if batch.requests:
                 began = clock()
                 stats.took_up(batch.requests)
+                wanted = len(batch.requests)
+                if connection.steady is not None:
+                    elsewhere = transmission.answer_elsewhere(batch, connection.steady.part)
                 outcomes = submit(disk, batch.requests, wait=False)
                 blocked = transmission.answer(replies, batch, outcomes)
                 if blocked:
@@ -490,20 +497,20 @@ class Server:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
                     self._defer(connection, export, batch, blocked)
-                stats.answered(len(batch.requests) - len(blocked), clock() - began)
+                stats.answered(wanted - len(blocked), clock() - began)
             for query in batch.queries:
                 self._enqueue(connection, export, query)
             if transmission.errors:
                 stats.errors += transmission.errors
                 transmission.errors = 0
-            if replies:
-                self._send(connection, replies)
+            if replies or elsewhere:
+                self._send(connection, [*elsewhere, *replies] if elsewhere else replies)
             if transmission.disconnecting:
                 connection.leaving = True
             if not transmission.has_complete:
                 return
 
-    def _send(self, connection: Connection, replies: list[Reply]) -> None:
+    def _send(self, connection: Connection, replies: Sequence[Reply | Part]) -> None:
         try:
             connection.send(replies)
         except OSError as error:

@@ -18,9 +18,9 @@ The rules it keeps ("Transmission phase" of the specification):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -38,6 +38,13 @@ from cowfence.nbd.messages import (
 )
 from cowfence.nbd.messages import TransmissionFlag as Flag
 from cowfence.units import KIB, MIB
+
+
+class Part(Protocol):
+    """Bytes of a reply that stand elsewhere: whoever sends it knows where."""
+
+    def __len__(self) -> int: ...
+
 
 Reply: TypeAlias = Buffer
 QueryResult: TypeAlias = list[tuple[int, Descriptors]] | CowfenceError | None
@@ -387,6 +394,21 @@ class ServerTransmission:
                 continue
             self._reply_failure(out, cookies[index], requests[index][1], outcome)
         return blocked
+
+    def answer_elsewhere(self, batch: Batch, find: Callable[[int, int], Part | None]) -> list[Reply | Part]:
+        """The replies to those READs of ``batch`` whose bytes (offset, length) ``find`` has elsewhere; they leave the batch."""
+        out: list[Reply | Part] = []
+        left: list[tuple[Request, int]] = []
+        for request, cookie in zip(batch.requests, batch.cookies, strict=True):
+            offset, length_bytes = request.offset, request.length_bytes
+            part = find(offset, length_bytes) if request.verb is _VERB_READ else None
+            if part is None:
+                left.append((request, cookie))
+            else:
+                out += (self._framing.data(cookie, offset, offset, length_bytes), part)
+        batch.requests = [request for request, _ in left]
+        batch.cookies = [cookie for _, cookie in left]
+        return out
 
     def _add_runs(self, out: list[Reply], cookie: int, offset: int, content: memoryview) -> None:
         """The reply to a READ, without its zeros: a chunk for each run of data or zeros."""

@@ -13,6 +13,8 @@ from cowfence.disk.opener import printable
 from cowfence.disk.window import WindowDisk
 from cowfence.errors import Invalid
 from cowfence.nbd.export import Export
+from cowfence.nbd.steady import SteadyFile
+from cowfence.storage.file import FileStorage
 from cowfence.units import MIB
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ class OpenedExport:
             bitmaps=bitmaps,
             allocation_depth=spec.allocation_depth,
             clients=spec.clients,
+            steady=_steady(spec, image) if disk is image else None,
         )
 
     def _open(self, spec: ExportSpec, refs: Refs | None, secrets: Secrets | None) -> cowfence.Qcow2Disk | cowfence.RawDisk:
@@ -167,6 +170,15 @@ class OpenedExport:
     def close(self) -> None:
         """Commit everything, and close the image. Raises what that raises."""
         self._files.close()
+
+
+def _steady(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> SteadyFile | None:
+    """The file that an image's bytes are in, where it is read through the page cache, and the image's lock keeps everybody from
+    changing it."""
+    if spec.writes or spec.temporary or spec.force_share or CACHES[spec.cache][0]:
+        return None
+    file = image.data if isinstance(image, cowfence.Qcow2Disk) else image.storage
+    return SteadyFile(file.fileno(), image.locate) if isinstance(file, FileStorage) else None
 
 
 def is_export_name(name: str) -> bool:

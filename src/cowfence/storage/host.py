@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import mmap
 import os
 import stat
 import struct
@@ -24,6 +25,7 @@ _BLKDISCARD = 0x1277
 _BLKSSZGET = 0x1268
 _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
+_CACHESTAT = 451  # the same on every architecture
 _STATX_DIO_FIELDS = struct.Struct("=152xII96x")  # struct statx: dio_mem_align and dio_offset_align of 256 bytes
 
 _UNKNOWN_ALIGNMENT_BYTES = 4096
@@ -109,3 +111,18 @@ def direct_alignment(fd: int) -> int:
         return _UNKNOWN_ALIGNMENT_BYTES
     _memory_bytes, offset_bytes = _STATX_DIO_FIELDS.unpack(answer.raw)
     return offset_bytes or _UNKNOWN_ALIGNMENT_BYTES
+
+
+def is_cached(fd: int, offset: int, length_bytes: int) -> bool:
+    """True if the whole range of a file is in the page cache (``cachestat``, Linux 6.5); False also where that is not known."""
+    import ctypes
+
+    function = _function("syscall")
+    if function is None:
+        return False
+    wanted = (ctypes.c_uint64 * 2)(offset, length_bytes)
+    found = (ctypes.c_uint64 * 5)()
+    if function(_CACHESTAT, fd, wanted, found, 0) < 0:
+        return False
+    page_bytes = mmap.PAGESIZE
+    return found[0] == (offset + length_bytes - 1) // page_bytes - offset // page_bytes + 1

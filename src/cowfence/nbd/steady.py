@@ -1,0 +1,61 @@
+"""Reads that are answered straight out of a file's page cache (sendfile), for exports that nobody changes.
+
+A socket that has taken such a reply holds the file's pages, not a copy. So it must not be done where a cluster could be given
+to another place of the disk before a slow client has read: the client would get what was written there since. It pays on Unix
+sockets: half the CPU time of long reads. Over TCP on loopback it measured the same as a copy, and TLS needs the bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from cowfence.storage.host import is_cached
+
+LEAST_BYTES: Final = 64 * 1024
+"""Shorter reads are cheaper copied."""
+
+
+class FilePart:
+    """Bytes of an open file that are to be sent. Its length is what is left of them."""
+
+    __slots__ = ("_fd", "_left_bytes", "_offset")
+
+    def __init__(self, fd: int, offset: int, length_bytes: int) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._left_bytes = length_bytes
+
+    def __len__(self) -> int:
+        return self._left_bytes
+
+    def send(self, sock: socket.socket) -> int:
+        """Send what the socket takes now; returns how much that was. Raises OSError, BlockingIOError where it takes nothing."""
+        sent = os.sendfile(sock.fileno(), self._fd, self._offset, self._left_bytes)
+        if not sent:
+            # The length of the reply has been announced: nothing can take the place of these bytes.
+            raise OSError(errno.EIO, "the file has become shorter")
+        self._offset += sent
+        self._left_bytes -= sent
+        return sent
+
+
+class SteadyFile:
+    """The file behind a disk that nobody changes. ``locate``: where a range of the disk stands in it, as it is and in one
+    piece; None where it does not, or where that is not known without waiting."""
+
+    def __init__(self, fd: int, locate: Callable[[int, int], int | None]) -> None:
+        self._fd = fd
+        self._locate = locate
+
+    def part(self, offset: int, length_bytes: int) -> FilePart | None:
+        """The answer to a read of a range; None where it has to be read: it is short, in pieces, or not in the page cache."""
+        if length_bytes < LEAST_BYTES:
+            return None
+        place = self._locate(offset, length_bytes)
+        if place is None or not is_cached(self._fd, place, length_bytes):
+            return None
+        return FilePart(self._fd, place, length_bytes)
