@@ -114,12 +114,12 @@ class Scripted:
         return [(request.command, request.offset, request.length_bytes) for request in self.requests]
 
 
-def dies_at(command: Command, times: int = 1, answer: Answer = fine, *, does_it: bool = False) -> Answer:
-    """The connection ends at the first requests of a kind, after they were carried out or before."""
+def dies_at(command: Command, times: int = 1, answer: Answer = fine, *, does_it: bool = False, offset: int = -1) -> Answer:
+    """The connection ends at the first requests of a kind (at an offset), after they were carried out or before."""
     left = [times]
 
     def script(server: Scripted, request: RequestHeader, data: bytes) -> bytes | Awaitable[bytes] | None:
-        if request.command != command or not left[0]:
+        if request.command != command or not left[0] or offset not in (-1, request.offset):
             return answer(server, request, data)
         left[0] -= 1
         if does_it:

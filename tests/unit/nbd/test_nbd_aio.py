@@ -415,33 +415,6 @@ def nbdkit(path: Path, *arguments: str) -> list[str]:
     return ["nbdkit", "-f", "-U", str(path), *arguments]
 
 
-def test_nbdkit_killed_and_started_again(tmp_path: Path) -> None:
-    path = tmp_path / "sock"
-    (tmp_path / "disk").write_bytes(b"d" * SIZE)
-
-    async def main() -> None:
-        command = nbdkit(path, "file", str(tmp_path / "disk"))
-        async with foreign(command, path):
-            disk = await AsyncNbdDisk.connect(f"nbd+unix:///?socket={path}", reconnect_seconds=10)
-            await disk.write(0, b"flushed")
-            await disk.flush()
-        read = asyncio.create_task(disk.read(0, 8))
-        await asyncio.sleep(0.05)
-        async with foreign(command, path) as process:
-            assert await read == b"flushedd"
-            await disk.flush()  # nothing was at stake
-            await disk.write(0, b"not yet")
-            process.kill()
-        async with foreign(command, path):
-            assert await disk.read(SIZE - 1, 1) == b"d"
-            with pytest.raises(StorageFailed, match=UNTIL_LOST):
-                await disk.flush()
-            with pytest.raises(StorageFailed, match=UNTIL_LOST):
-                await disk.close()
-
-    asyncio.run(main())
-
-
 def test_nbdkit_slow_and_failing(tmp_path: Path) -> None:
     path = tmp_path / "sock"
 

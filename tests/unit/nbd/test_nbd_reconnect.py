@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -23,7 +25,8 @@ from cowfence.nbd import messages as m
 from cowfence.nbd.aio import AsyncNbdDisk
 from cowfence.nbd.client import NbdDisk
 from cowfence.nbd.messages import BASE_ALLOCATION, Command, CommandFlag, ProtocolError, RequestHeader, TransmissionFlag
-from helpers_scripted import MIB, WRITABLE, Answer, Background, Scripted, background, fine
+from helpers_scripted import MIB, WRITABLE, Answer, Background, Scripted, background, dies_at, fine
+from judges import require
 
 UNTIL_LOST = "may be lost"
 
@@ -65,7 +68,7 @@ class Place:
 
     def __init__(self, folder: Path, loop: Background, kind: str) -> None:
         self.folder, self.loop, self.kind = folder, loop, kind
-        self.server: Scripted
+        self.server: Scripted | None = None
 
     def serve(self, answer: Answer = fine, flags: int = WRITABLE, **options: int) -> Scripted:
         return self.serve_by(Scripted(self.folder, answer, flags, **options))
@@ -76,17 +79,23 @@ class Place:
         return server
 
     def start(self) -> None:
+        assert self.server is not None
         self.loop.run(self.server.start())
 
     def stop(self) -> None:
         """The server goes, and time passes in which the client may notice."""
-        self.loop.run(self.server.stop())
+        if self.server is not None:
+            self.loop.run(self.server.stop())
         time.sleep(0.01)
 
     def connect(self, **options: Any) -> Face:
+        assert self.server is not None
+        return self.connect_to(self.server.uri, **options)
+
+    def connect_to(self, uri: str, **options: Any) -> Face:
         if self.kind == "waiting":
-            return cast("Face", NbdDisk(self.server.uri, **options))
-        return cast("Face", Waiting(self.loop, self.loop.run(AsyncNbdDisk.connect(self.server.uri, **options))))
+            return cast("Face", NbdDisk(uri, **options))
+        return cast("Face", Waiting(self.loop, self.loop.run(AsyncNbdDisk.connect(uri, **options))))
 
     @contextmanager
     def connected(self, **options: Any) -> Iterator[Face]:
@@ -112,21 +121,6 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
         found = Place(tmp_path, loop, request.param)
         yield found
         found.stop()
-
-
-def dies_at(command: Command, times: int = 1, answer: Answer = fine, *, does_it: bool = False, offset: int = -1) -> Answer:
-    """The connection ends at the first requests of a kind (at an offset), after they were carried out or before."""
-    left = [times]
-
-    def script(server: Scripted, request: RequestHeader, data: bytes) -> bytes | Awaitable[bytes] | None:
-        if request.command != command or not left[0] or offset not in (-1, request.offset):
-            return answer(server, request, data)
-        left[0] -= 1
-        if does_it:
-            answer(server, request, data)
-        return None
-
-    return script
 
 
 def reads(count: int) -> list[Request]:
@@ -448,6 +442,54 @@ def test_a_flush_that_succeeds_has_kept_everything(place: Place, seed: int) -> N
                     assert all(durable[offset] == version for offset, version in acknowledged.items())
     writes = [request.length_bytes for request in server.requests if request.command == Command.WRITE]
     assert len(writes) == len(set(writes))
+
+
+# --- the servers of others ---
+
+
+@contextmanager
+def nbdkit(place: Place, image: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Killed at the end."""
+    path = place.folder / "sock"
+    path.unlink(missing_ok=True)
+    process = subprocess.Popen([require("nbdkit"), "-f", "-U", str(path), "file", str(image)], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 10
+        while not listens(path):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def test_nbdkit_killed_and_started_again(place: Place) -> None:
+    image = place.folder / "disk"
+    image.write_bytes(b"d" * MIB)
+    with nbdkit(place, image):
+        disk = place.connect_to(f"nbd+unix:///?socket={place.folder}/sock", reconnect_seconds=10)
+        disk.write(0, b"flushed")
+        disk.flush()
+    read = place.later(lambda: disk.read(0, 8))
+    time.sleep(0.05)
+    with nbdkit(place, image) as process:
+        assert read.result(10) == b"flushedd"
+        disk.flush()  # nothing was at stake
+        disk.write(0, b"not yet")
+        process.kill()
+    with nbdkit(place, image):
+        assert disk.read(MIB - 1, 1) == b"d"
+        with pytest.raises(StorageFailed, match=UNTIL_LOST):
+            disk.flush()
+        with pytest.raises(StorageFailed, match=UNTIL_LOST):
+            disk.close()
 
 
 # --- the client that waits, alone ---
