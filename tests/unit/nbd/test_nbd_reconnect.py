@@ -24,6 +24,7 @@ from cowfence.errors import Closed, CowfenceError, Invalid, ReadOnly, StorageFai
 from cowfence.nbd import messages as m
 from cowfence.nbd.aio import AsyncNbdDisk
 from cowfence.nbd.client import NbdDisk
+from cowfence.nbd.client_connection import Connection
 from cowfence.nbd.messages import BASE_ALLOCATION, Command, CommandFlag, ProtocolError, RequestHeader, TransmissionFlag
 from helpers_scripted import MIB, WRITABLE, Answer, Background, Scripted, background, dies_at, fine
 from judges import require
@@ -291,6 +292,29 @@ def test_what_was_never_sent_goes_to_the_new_connection(place: Place) -> None:
         disk.flush()
 
 
+def test_nothing_is_sent_to_a_server_that_has_said_goodbye(place: Place) -> None:
+    """Over TCP the host would take it, and nobody could tell then whether the server did."""
+
+    class OverTcp(Scripted):
+        async def start(self) -> None:
+            self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+            self.uri = f"nbd://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/"
+
+    server = place.serve_by(OverTcp(place.folder))
+
+    async def say_goodbye() -> None:
+        server.writers[0].close()
+
+    with place.connected(reconnect_seconds=5) as disk:
+        disk.read(0, 1)
+        place.loop.run(say_goodbye())
+        time.sleep(0.02)
+        disk.write(0, b"x")
+        disk.flush()
+    assert server.bytes[:1] == b"x"
+    assert server.connections == 2
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_server_that_stops_is_waited_for(place: Place, comes_back: bool) -> None:
     def answer(server: Scripted, request: RequestHeader, data: bytes) -> bytes | Awaitable[bytes] | None:
@@ -331,6 +355,17 @@ def test_a_flush_after_lost_writes_fails_for_good(place: Place) -> None:
     with pytest.raises(StorageFailed, match=UNTIL_LOST):
         disk.close()
     assert Command.FLUSH not in [request.command for request in server.requests]
+
+
+@pytest.mark.parametrize("reconnect_seconds", [0, 5])
+def test_a_close_says_what_was_lost(place: Place, reconnect_seconds: float) -> None:
+    place.serve()
+    disk = place.connect(reconnect_seconds=reconnect_seconds)
+    disk.write(0, b"acknowledged")
+    place.stop()
+    with pytest.raises(StorageFailed, match=UNTIL_LOST):
+        disk.close()
+    disk.close()
 
 
 @pytest.mark.parametrize("how", ["flushed", "fua", "nothing", "read only"])
@@ -511,6 +546,35 @@ def test_an_interrupted_call_closes_the_disk(tmp_path: Path, reconnect_seconds: 
             disk.read(0, 1)
         disk.close()
         assert [request.command for request in server.requests] == [Command.READ]
+        loop.run(server.stop())
+
+
+def test_replies_that_came_before_a_message_could_not_be_sent_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers the first write and goes, while the second is about to be sent."""
+    send, calls = Connection._send, iter(range(3))
+
+    def too_late(connection: Connection) -> int:
+        if next(calls) == 1:
+            time.sleep(0.05)
+            raise BrokenPipeError
+        return send(connection)
+
+    def last_words(server: Scripted, request: RequestHeader, data: bytes) -> None:
+        server.writers[0].write(fine(server, request, data))
+
+    with background() as loop:
+        server = Scripted(tmp_path, last_words)
+        loop.run(server.start())
+        disk = NbdDisk(server.uri)
+        monkeypatch.setattr("cowfence.nbd.client_connection._VECTOR_MAX", 2)
+        monkeypatch.setattr(Connection, "_send", too_late)
+        first, second = disk.submit([Request(Verb.WRITE, 0, 0, b"1"), Request(Verb.WRITE, 4096, 0, b"2")])
+        assert first is None
+        assert isinstance(second, StorageFailed | ReadOnly)
+        with pytest.raises(StorageFailed, match=UNTIL_LOST):
+            disk.close()
         loop.run(server.stop())
 
 
