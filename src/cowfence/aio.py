@@ -24,8 +24,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import cowfence
-from cowfence.disk.aio import AsyncDisk, Opening, owned, range_of
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb
+from cowfence.disk.aio import AsyncDisk, Opening, owned
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, range_of
 from cowfence.extents import Extent
 from cowfence.nbd.messages import BASE_ALLOCATION
 from cowfence.units import MIB

@@ -263,6 +263,9 @@ def test_what_fails_before_publishing_leaves_nothing(folder: Path, tmp_path: Pat
         "--dry-run --rate-limit 1M",
         "--dry-run -t none",
         "-n --target-image-opts -O qcow2",
+        "--reconnect 5",
+        "--reconnect x",
+        "--reconnect=-1",
     ],
 )
 def test_what_would_be_ignored_is_refused(folder: Path, tmp_path: Path, words: str) -> None:

@@ -16,7 +16,16 @@ from cowfence.cli.formats import not_qcow2
 from cowfence.cli.main import add_output_option, add_reference_options, complain, print_json, size_bytes
 from cowfence.cli.progress import add_progress_option, shown_bytes
 from cowfence.cli.secrets import add_secret_options, secret_named
-from cowfence.cli.sources import CACHE_HELP, CACHES, PROTOCOLS, add_source_options, open_source, open_target
+from cowfence.cli.sources import (
+    CACHE_HELP,
+    CACHES,
+    add_source_options,
+    is_nbd,
+    open_source,
+    open_target,
+    parse_source,
+    reconnect_seconds,
+)
 from cowfence.codec import Effort
 from cowfence.disk.base import Disk
 from cowfence.disk.joined import JoinedDisk
@@ -80,6 +89,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of what comes from a pipe: keep so much aside at most (default: 1G)",
     )
     parser.add_argument("--target-image-opts", action="store_true", help="the target is driver=...,file.filename=... (with -n)")
+    parser.add_argument(
+        "--reconnect",
+        type=lambda text: reconnect_seconds(text, "--reconnect"),
+        metavar="SECONDS",
+        help="of NBD exports: how long to look for a server that has gone (default: 0)",
+    )
     parser.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning")
     parser.add_argument("--bitmaps", action="store_true", help="copy the persistent bitmaps, too (qcow2)")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="leave out bitmaps that are not to be trusted")
@@ -221,10 +236,21 @@ def _check_combinations(arguments: argparse.Namespace, target: str) -> None:
         ):
             if given:
                 raise Invalid(f"{option} and --dry-run do not go together: nothing is written")
+    if arguments.reconnect is not None:
+        _check_reconnect(arguments, target)
     if arguments.existing and (arguments.verify or arguments.dry_run):
         raise Unsupported("-n", f"{'--verify' if arguments.verify else '--dry-run'} with an existing target")
-    if arguments.existing and arguments.bitmaps and target.startswith(PROTOCOLS):
+    if arguments.existing and arguments.bitmaps and is_nbd(parse_source(target, image_opts=arguments.target_image_opts)):
         raise Invalid("Format driver does not support bitmaps")
+
+
+def _check_reconnect(arguments: argparse.Namespace, target: str) -> None:
+    """Raises Invalid where nothing that is opened is an NBD export."""
+    opened = [parse_source(name, image_opts=arguments.image_opts) for name in arguments.names[: None if arguments.each else -1]]
+    if arguments.existing:
+        opened.append(parse_source(target, image_opts=arguments.target_image_opts))
+    if not any(map(is_nbd, opened)):
+        raise Invalid("--reconnect is for NBD exports, and none of the disks is one")
 
 
 def _how(arguments: argparse.Namespace) -> How:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from cowfence.cli.formats import looked_at
-from cowfence.cli.sources import CACHES, PROTOCOLS, parse_source, secrets_for
+from cowfence.cli.sources import CACHES, is_nbd, parse_source, secrets_for
 from cowfence.disk.opener import Refs
 from cowfence.errors import Invalid, Unsupported
 
@@ -49,7 +49,7 @@ class Image:
         self._source = source
         self.path = source.name
         self.format = source.format or wish.format
-        if source.name.startswith(PROTOCOLS):
+        if is_nbd(source):
             self.disk: Disk = self._open_nbd()
             return
         if self.format is None:
@@ -62,7 +62,7 @@ class Image:
         if self.format not in (None, "raw") or self.wish.temporary:
             raise Unsupported(self.path, "a format, or -s, behind NBD; let the server do that")
         self.format = "raw"
-        return NbdDisk(self.path)
+        return NbdDisk(self.path, reconnect_seconds=self._source.reconnect_seconds or 0.0)
 
     def _open_file(self, path: str, format_name: str, refs: Refs | None = None) -> Disk:
         import cowfence

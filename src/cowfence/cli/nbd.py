@@ -173,7 +173,7 @@ def _serve(arguments: argparse.Namespace, name: str) -> int:
 def _spec(arguments: argparse.Namespace, source: Source, clients: frozenset[str] | None) -> ExportSpec:
     """What the options describe. Raises Invalid, Unsupported, mostly in qemu-nbd's words."""
     from cowfence.cli.formats import looked_at
-    from cowfence.cli.sources import PROTOCOLS
+    from cowfence.cli.sources import is_nbd
     from cowfence.service.exports import CACHES, DETECT_ZEROES, DISCARDS, ExportSpec
 
     if arguments.image_opts and arguments.format is not None:
@@ -188,7 +188,7 @@ def _spec(arguments: argparse.Namespace, source: Source, clients: frozenset[str]
         raise Invalid(f"Invalid discard mode '{arguments.discard}'")
     if arguments.detect_zeroes not in DETECT_ZEROES:
         raise Invalid(f"Failed to parse detect_zeroes mode: invalid parameter value: {arguments.detect_zeroes}")
-    if source.name.startswith(PROTOCOLS):
+    if is_nbd(source):
         raise Unsupported(source.name, "serving what another NBD server serves")
     read_only = arguments.read_only or arguments.load_snapshot is not None
     writes = not (read_only or arguments.snapshot)

@@ -27,16 +27,18 @@ if TYPE_CHECKING:
 _FORMATS: Final = ("qcow2", "raw", "luks")
 CACHES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
 CACHE_HELP: Final = "none or directsync: {} around the page cache; writeback (default), writethrough, unsafe: through it"
-PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
+_PROTOCOLS: Final = ("nbd://", "nbd+unix://", "nbds://", "nbds+unix://")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a name on the command line means. ``format``: None where nobody said. ``secret``: the id of what opens it."""
+    """What a name on the command line means. ``format``: None where nobody said. ``secret``: the id of what opens it.
+    ``reconnect_seconds``: of an NBD export, see ``nbd.recovery``; None where nobody said."""
 
     name: str
     format: str | None = None
     secret: str | None = None
+    reconnect_seconds: float | None = None
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +107,7 @@ def _described(options: dict[str, str], text: str) -> Source:
         options = {f"file.{name}": value for name, value in options.items()}
         driver, protocol = "raw", driver
     secret = options.pop("encrypt.key-secret", None) or options.pop("key-secret", None)
+    reconnect: float | None = None
     if driver is not None and driver not in _FORMATS:
         raise Unsupported(shown, f"the driver {driver!a}; here are {', '.join(_FORMATS)}")
     if protocol in ("file", "host_device"):
@@ -113,6 +116,8 @@ def _described(options: dict[str, str], text: str) -> Source:
             raise Invalid(f'{shown}: A block device must be specified for "file"')
     elif protocol == "nbd":
         name = _nbd_uri(options, shown)
+        if "file.reconnect-delay" in options:
+            reconnect = reconnect_seconds(options.pop("file.reconnect-delay"), "reconnect-delay")
     elif protocol in SCHEMES:
         name = options.pop("file.url", "")
         if not is_remote(name):
@@ -121,7 +126,7 @@ def _described(options: dict[str, str], text: str) -> Source:
         raise Unsupported(shown, f"the protocol {protocol!a}; here are file, host_device, nbd and {', '.join(SCHEMES)}")
     if options:
         raise Unsupported(shown, f"the option {sorted(options)[0]!a}")
-    return Source(name, driver, secret)
+    return Source(name, driver, secret, reconnect)
 
 
 def _nbd_uri(options: dict[str, str], shown: str) -> str:
@@ -142,6 +147,21 @@ def _nbd_uri(options: dict[str, str], shown: str) -> str:
     raise Invalid(f"{shown}: an NBD server needs a path, or a host")
 
 
+def reconnect_seconds(text: str, option: str) -> float:
+    """The value of an option. Raises Invalid."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise Invalid(f"Invalid {option}: {text!a} is no number of seconds, 0 or more")
+    return seconds
+
+
+def is_nbd(source: Source) -> bool:
+    return source.name.startswith(_PROTOCOLS)
+
+
 def secrets_for(source: Source, arguments: argparse.Namespace) -> Secrets | None:
     """What opens it: the secret that it names, or else every one that was given."""
     if source.secret is None:
@@ -152,7 +172,7 @@ def secrets_for(source: Source, arguments: argparse.Namespace) -> Secrets | None
 
 def is_local(source: Source) -> bool:
     """True for a file, False for an NBD export and what is behind a URL."""
-    return not (source.name.startswith(PROTOCOLS) or is_remote(source.name))
+    return not (is_nbd(source) or is_remote(source.name))
 
 
 def local_file(text: str, arguments: argparse.Namespace) -> Source:
@@ -175,8 +195,8 @@ def open_source(text: str, arguments: argparse.Namespace, *, format_name: str | 
         raise Invalid("--image-opts and --format are mutually exclusive")
     direct = goes_direct(getattr(arguments, "source_cache", None), "source cache")
     source = parse_source(text, image_opts=image_opts)
-    if source.name.startswith(PROTOCOLS):
-        return _open_nbd(source, format_name, snapshot)
+    if is_nbd(source):
+        return _open_nbd(source, arguments, format_name, snapshot)
     if is_remote(source.name):
         return _open_remote(source, arguments, format_name, snapshot)
     from cowfence.chain import open_chain
@@ -248,8 +268,8 @@ def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
     Raises as ``open_source`` does, and ReadOnly for an export that is."""
     target = parse_source(text, image_opts=arguments.target_image_opts)
     format_name = target.format or arguments.target_format or "raw"
-    if target.name.startswith(PROTOCOLS):
-        disk = _open_nbd(target, format_name, None)
+    if is_nbd(target):
+        disk = _open_nbd(target, arguments, format_name, None)
         if not disk.writable:
             disk.close()
             raise ReadOnly(f"{printable(target.name)}: the server exports it read-only")
@@ -267,7 +287,7 @@ def open_target(text: str, arguments: argparse.Namespace) -> tuple[Disk, str]:
     return disk, format_name
 
 
-def _open_nbd(source: Source, format_name: str | None, snapshot: str | None) -> Disk:
+def _open_nbd(source: Source, arguments: argparse.Namespace, format_name: str | None, snapshot: str | None) -> Disk:
     from cowfence.nbd.client import NbdDisk
 
     chosen = source.format or format_name
@@ -275,4 +295,5 @@ def _open_nbd(source: Source, format_name: str | None, snapshot: str | None) -> 
         raise Unsupported(source.name, f"the format {chosen} behind NBD; let the server read it")
     if snapshot is not None:
         raise Invalid(f"{printable(source.name)}: an internal snapshot is read from a qcow2 image, not from an NBD export")
-    return NbdDisk(source.name)
+    seconds = getattr(arguments, "reconnect", None) if source.reconnect_seconds is None else source.reconnect_seconds
+    return NbdDisk(source.name, reconnect_seconds=seconds or 0.0)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from cowfence.disk.base import Outcome, Request, Verb
+from cowfence.disk.base import Outcome, Request, Verb, overlaps, range_of
 from cowfence.errors import Closed, CowfenceError, Invalid, OutOfRange
 from cowfence.extents import Extent
 from cowfence.storage.base import Buffer, WritableBuffer
@@ -210,17 +210,6 @@ class AsyncDisk(ABC):
 def owned(request: Request) -> Request:
     """The request with bytes that nobody can change."""
     return request if isinstance(request.data, bytes) else request._replace(data=bytes(request.data))
-
-
-def overlaps(one: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
-    """Whether a range (offset, end) has bytes in common with any of the others."""
-    return any(start < one[1] and one[0] < end for start, end in others)
-
-
-def range_of(request: Request) -> tuple[int, int]:
-    """The offset and the end of a request."""
-    length_bytes = len(request.data) if request.verb is Verb.WRITE else request.length_bytes
-    return request.offset, request.offset + length_bytes
 
 
 D = TypeVar("D", bound=AsyncDisk)

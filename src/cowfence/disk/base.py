@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
@@ -52,6 +52,17 @@ def as_outcome(error: CowfenceError) -> CowfenceError:
     """``error`` as a value: without tracebacks, which would keep the buffers of each call that failed until it is answered."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
+
+
+def overlaps(one: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
+    """Whether a range (offset, end) has bytes in common with any of the others."""
+    return any(start < one[1] and one[0] < end for start, end in others)
+
+
+def range_of(request: Request) -> tuple[int, int]:
+    """The offset and the end of a request."""
+    length_bytes = len(request.data) if request.verb is Verb.WRITE else request.length_bytes
+    return request.offset, request.offset + length_bytes
 
 
 class Disk(Protocol):

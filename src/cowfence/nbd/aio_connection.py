@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -14,8 +14,9 @@ from cowfence.nbd.client_handshake import ClientHandshake
 from cowfence.nbd.client_transmission import ClientTransmission, Completion
 from cowfence.nbd.conversation import conversation, tls_of
 from cowfence.nbd.framing import Style
-from cowfence.nbd.messages import Command, CommandFlag, ProtocolError
+from cowfence.nbd.messages import Command, ProtocolError
 from cowfence.nbd.negotiation import Negotiated
+from cowfence.nbd.recovery import Ledger, Recovery
 from cowfence.nbd.terms import Piece, Terms
 from cowfence.nbd.uri import NbdUri
 from cowfence.units import KIB, MIB
@@ -26,49 +27,33 @@ if TYPE_CHECKING:
 _RECEIVE_BYTES: Final = 256 * KIB
 _UNSENT_BYTES: Final = MIB
 _IN_FLIGHT_MAX: Final = 64
-_CHANGES: Final = (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
 
 Reply = asyncio.Future[Completion | None]
 """None: the connection was lost before it came."""
 
 
-class _Sent:
-    """A message that waits for its reply. ``acknowledged``: how many changes had been when it was sent."""
-
-    __slots__ = ("acknowledged", "piece", "reply")
-
-    def __init__(self, piece: Piece, reply: Reply, acknowledged: int) -> None:
-        self.piece = piece
-        self.reply = reply
-        self.acknowledged = acknowledged
-
-
 class Connection:
-    """Made by ``open``. ``lost``: why it has ended; ``ended`` is set then. ``on_lost`` is called once, before anybody is told.
-    ``answered``: at least one reply came. ``unflushed``: changes were acknowledged that no flush covers.
-    ``unanswered_changes``, once it is lost: the server may make them, or not."""
+    """Made by ``open``. Its ``ledger`` says why it has ended; ``ended`` is set then, after ``recovery`` was told."""
 
     def __init__(
         self,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         terms: Terms,
         tls: TlsSession | None,
+        recovery: Recovery,
         timeout_seconds: float | None,
     ) -> None:
         self.terms = terms
-        self.lost: CowfenceError | None = None
-        self.on_lost: Callable[[Connection], None] = lambda _: None
-        self.unanswered_changes: list[Piece] = []
-        self.answered = False
+        self.ledger = Ledger()
         self.ended = asyncio.Event()
         self._reader, self._writer = streams
         self._writer.transport.set_write_buffer_limits(_UNSENT_BYTES)
         self._tls = tls
+        self._recovery = recovery
         self._timeout_seconds = timeout_seconds
         self._machine = ClientTransmission(style=terms.style, contexts=terms.agreed.contexts.values())
         self._loop = asyncio.get_running_loop()
-        self._sent: dict[int, _Sent] = {}
-        self._acknowledged = self._flushed = 0
+        self._replies: dict[int, Reply] = {}
         self._sending = asyncio.Lock()
         self._slots = asyncio.Semaphore(_IN_FLIGHT_MAX)
         self._heard = self._loop.time()
@@ -80,6 +65,7 @@ class Connection:
     async def open(
         cls,
         uri: NbdUri,
+        recovery: Recovery,
         *,
         timeout_seconds: float | None,
         contexts: Sequence[str],
@@ -88,7 +74,7 @@ class Connection:
     ) -> Connection:
         """Connect and negotiate. ``timeout_seconds`` bounds each wait for the server, ``open_seconds`` all of this.
 
-        Raises StorageFailed, Unsupported, ProtocolError, Invalid.
+        Raises StorageFailed, Unsupported, ProtocolError, Invalid (``Recovery.accept``, too).
         """
         name = str(uri)
         tls = tls_of(uri)
@@ -106,7 +92,8 @@ class Connection:
                 agreed = await _negotiate(reader, writer, handshake, tls)
             if handshake.trailing:
                 raise ProtocolError(f"{name}: the server sent replies to requests that were not made")
-            return cls((reader, writer), Terms(name, agreed), tls, timeout_seconds)
+            recovery.accept(agreed)
+            return cls((reader, writer), Terms(name, agreed), tls, recovery, timeout_seconds)
         except BaseException as error:
             if writer is not None:
                 writer.transport.abort()
@@ -117,26 +104,23 @@ class Connection:
                 raise StorageFailed(name, operation, 0, error) from error
             raise
 
-    @property
-    def unflushed(self) -> bool:
-        return self._acknowledged > self._flushed
-
     async def send(self, piece: Piece) -> Reply | None:
         """Send a message, when there is room for it; None where the connection was lost before anything of it was sent. Once
         this returns something, or was not cancelled while it waited, all of the message is on its way."""
         async with self._sending:
-            with suppress(OSError):  # ``lost`` tells
+            with suppress(OSError):  # the ledger tells
                 await self._writer.drain()
             await self._slots.acquire()
             if self._writer.is_closing():
                 self._slots.release()
                 await self.ended.wait()  # what arrived before is taken first
                 return None
-            if not self._sent:
+            if not self._replies:
                 self._heard = self._loop.time()
             cookie, header = self._machine.request(piece.command, piece.offset, piece.length_bytes, piece.flags)
             reply: Reply = self._loop.create_future()
-            self._sent[cookie] = _Sent(piece, reply, self._acknowledged)
+            self._replies[cookie] = reply
+            self.ledger.send(cookie, piece)
             if self._tls is not None:
                 self._writer.write(self._tls.encrypt((header, piece.data)))
             elif piece.data:
@@ -163,22 +147,17 @@ class Connection:
             self._lose(error)
 
     def _take(self, completion: Completion) -> None:
-        self.answered = True
-        sent = self._sent.pop(completion.cookie)
-        if not completion.error:
-            if sent.piece.command is Command.FLUSH:
-                self._flushed = max(self._flushed, sent.acknowledged)
-            elif sent.piece.command in _CHANGES and not sent.piece.flags & CommandFlag.FUA:
-                self._acknowledged += 1
+        self.ledger.take(completion)
         self._slots.release()
-        if not sent.reply.done():
-            sent.reply.set_result(completion)
+        reply = self._replies.pop(completion.cookie)
+        if not reply.done():
+            reply.set_result(completion)
 
     def _look_at_clock(self) -> None:
         if self._timeout_seconds is None:
             return
         left_seconds = self._timeout_seconds
-        if self._sent:
+        if self._replies:
             left_seconds -= self._loop.time() - self._heard
         if left_seconds <= 0:
             cause = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
@@ -187,17 +166,15 @@ class Connection:
             self._clock = self._loop.call_later(left_seconds, self._look_at_clock)
 
     def _lose(self, error: CowfenceError) -> None:
-        if self.lost is not None:
+        if self.ledger.lost is not None:
             return
-        self.lost = error
-        self.unanswered_changes = [sent.piece for sent in self._sent.values() if sent.piece.command in _CHANGES]
-        self.on_lost(self)
+        self._recovery.lose(self.ledger, error)
         self.ended.set()
-        for sent in self._sent.values():
+        for reply in self._replies.values():
             self._slots.release()
-            if not sent.reply.done():
-                sent.reply.set_result(None)
-        self._sent.clear()
+            if not reply.done():
+                reply.set_result(None)
+        self._replies.clear()
         self.abort()
 
     async def say_goodbye(self) -> None:

@@ -1,59 +1,42 @@
-"""``NbdDisk``: a disk behind an NBD server, over one connection.
+"""``NbdDisk``: a disk behind an NBD server, over one connection at a time.
 
-Calls are serialised by a lock; within one ``submit`` all requests are sent as fast as the server takes them while replies are
-read at the same time, so neither side can block the other with full socket buffers. How requests become messages, and what
-replies mean, is in ``terms``.
+Calls are serialised by a lock; what one ``submit`` asks for is in flight together. How requests become messages, and what
+replies mean, is in ``terms``. With ``reconnect_seconds``, a lost connection is replaced when one is needed: what may be
+repeated then, and what a flush still means, is in ``recovery``. Other calls wait meanwhile, and fail together with the one that
+has waited in vain.
 
-Every error fails the call that met it, and none is repaired in silence. A reply that breaks the protocol, or a lost
-connection, ends the connection: nobody knows then which requests were done, so every later call fails with that cause.
+Every error fails the requests that met it, and none is repaired in silence; what the others of a ``submit`` were answered stays
+answered. A reply that breaks the protocol ends the disk: every later call fails with that cause. So does, without
+``reconnect_seconds``, a lost connection. A call that is interrupted in the middle of the stream (KeyboardInterrupt) closes the
+disk, without a flush: how far its requests came is not known.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import select
-import socket
 import threading
-from collections import deque
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TypeAlias
 
-from cowfence.disk.base import Outcome, Request, Verb
+from cowfence.disk.base import Outcome, Request, Verb, as_outcome
 from cowfence.errors import Closed, CowfenceError, StorageFailed
 from cowfence.extents import Extent, merge
-from cowfence.nbd.client_handshake import ClientHandshake, Listed, ListHandshake
-from cowfence.nbd.client_transmission import ClientTransmission, Completion
-from cowfence.nbd.conversation import conversation, tls_of
+from cowfence.nbd.client_connection import Connection, connect, converse
+from cowfence.nbd.client_handshake import Listed, ListHandshake
+from cowfence.nbd.client_transmission import Completion
+from cowfence.nbd.conversation import tls_of
 from cowfence.nbd.framing import Style
-from cowfence.nbd.messages import BASE_ALLOCATION, Command, ProtocolError
-from cowfence.nbd.negotiation import Negotiated, Negotiation
+from cowfence.nbd.messages import BASE_ALLOCATION, Command
+from cowfence.nbd.recovery import CHANGES, Recovery
 from cowfence.nbd.terms import Piece, Terms, allocation_extent, unknown_extent
 from cowfence.nbd.uri import NbdUri
 from cowfence.storage.base import Buffer, WritableBuffer
-from cowfence.units import KIB
 
-if TYPE_CHECKING:
-    from cowfence.nbd.tls import TlsSession
-
-_RECEIVE_BYTES: Final = 256 * KIB
-_IN_FLIGHT_MAX: Final = 64
-
-
-def converse(sock: socket.socket, handshake: Negotiation, tls: TlsSession | None) -> None:
-    """Carry a negotiation to its end over a socket that waits. Raises OSError, and what ``conversation`` raises."""
-    script = conversation(handshake, tls)
-    try:
-        to_send = next(script)
-        while True:
-            sock.sendall(to_send)
-            data = sock.recv(_RECEIVE_BYTES)
-            if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection in the handshake")
-            to_send = script.send(data)
-    except StopIteration as end:
-        sock.sendall(end.value)
+Answer: TypeAlias = Completion | CowfenceError
+"""The reply to a message, or why there is none."""
 
 
 def list_exports(uri: str | NbdUri, *, timeout_seconds: float | None = 30.0) -> list[Listed]:
@@ -70,28 +53,11 @@ def list_exports(uri: str | NbdUri, *, timeout_seconds: float | None = 30.0) -> 
     return handshake.listed
 
 
-def connect(uri: NbdUri, timeout_seconds: float | None) -> socket.socket:
-    """A socket to the server at a URI. Raises StorageFailed."""
-    sock: socket.socket | None = None
-    try:
-        if uri.socket_path is not None:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout_seconds)
-            sock.connect(uri.socket_path)
-        else:
-            sock = socket.create_connection((uri.host, uri.port), timeout_seconds)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as error:
-        if sock is not None:
-            sock.close()
-        raise StorageFailed(str(uri), "connect", 0, error) from error
-    return sock
-
-
 class NbdDisk:
     """``Disk`` at an NBD URI. ``timeout_seconds`` bounds each wait for the server; None waits for ever. ``contexts``: the
     metadata contexts to ask for; those that the server has are in ``contexts`` then, for ``status``. ``style``: the best one to
-    ask for.
+    ask for. ``reconnect_seconds``: for how long a call that meets a lost connection may look for a new one; 0: a lost
+    connection ends the disk.
 
     Raises ``StorageFailed`` (no connection), ``Unsupported`` (refused by the server), ``ProtocolError``, ``Invalid`` (the URI).
     """
@@ -103,118 +69,122 @@ class NbdDisk:
         timeout_seconds: float | None = 30.0,
         contexts: Sequence[str] = (BASE_ALLOCATION,),
         style: Style = Style.EXTENDED,
+        reconnect_seconds: float = 0.0,
     ) -> None:
         self.uri = NbdUri.parse(uri) if isinstance(uri, str) else uri
         self._name = str(self.uri)
-        self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        self._broken: CowfenceError | None = None
-        self._tls = tls_of(self.uri)
-        self._sock = connect(self.uri, timeout_seconds)
-        try:
-            agreed, trailing = self._negotiate(
-                ClientHandshake(self.uri.export, contexts=contexts, style=style, tls=self.uri.tls)
-            )
-        except BaseException:
-            self._sock.close()
-            raise
-        self._terms = Terms(self._name, agreed)
+        self._closed: Closed | None = None
+        self._recovery = Recovery(self._name, reconnect_seconds)
+        self._opened = partial(
+            Connection, self.uri, self._recovery, timeout_seconds=timeout_seconds, contexts=contexts, style=style
+        )
+        self._connection = self._opened()
+        self._gave_up: tuple[float, CowfenceError] | None = None
+        """When the last attempt to reconnect ended in vain, on the monotonic clock in seconds, and why."""
+        self._terms: Terms = self._connection.terms
         self.size = self._terms.size
         self.block_bytes = self._terms.block_bytes
-        self.style = agreed.style
-        self.contexts = tuple(agreed.contexts)
-        self._machine = ClientTransmission(style=agreed.style, contexts=agreed.contexts.values())
-        self._sock.setblocking(False)
-        if trailing:
-            self._sock.close()
-            raise ProtocolError(f"{self._name}: the server sent replies to requests that were not made")
+        self.style = self._terms.style
+        self.contexts = tuple(self._terms.agreed.contexts)
 
     # --- the connection ---
 
-    def _negotiate(self, handshake: ClientHandshake) -> tuple[Negotiated, bytes]:
-        try:
-            converse(self._sock, handshake, self._tls)
-        except OSError as error:
-            raise StorageFailed(self._name, "handshake", 0, error) from error
-        if handshake.result is None:
-            raise ProtocolError(f"{self._name}: the handshake ended without a result")
-        return handshake.result, handshake.trailing
-
-    def _transact(self, pieces: Sequence[Piece]) -> list[Completion]:
-        """Send all pieces and wait for all their replies, which come back in the order of the pieces."""
+    def _ask(self, pieces: Sequence[Piece], requests: Sequence[Request] = ()) -> list[Answer]:
+        """What is answered to messages, which belong to ``requests``, in order; by as many connections as the rules allow."""
+        answers: list[Answer | None] = [None] * len(pieces)
+        connection: Connection | None = None
+        deadline: float | None = None
+        began = time.monotonic()
+        self._check_process()
         with self._lock:
-            self._check_usable()
-            try:
-                return self._exchange(pieces)
-            except OSError as error:
-                self._broken = StorageFailed(self._name, "exchange", 0, error)
-                self._broken.__cause__ = error
-            except ProtocolError as error:
-                self._broken = error
-            except BaseException:
-                # Interrupted in the middle of the stream: it cannot be taken up again.
-                self._broken = Closed(f"{self._name}: an earlier call was interrupted")
-                self._sock.close()
-                raise
-            self._sock.close()
-            raise self._broken
+            self._check_open()
+            while True:
+                self._refuse(pieces, requests, answers)
+                left = [index for index, answer in enumerate(answers) if answer is None]
+                if not left:
+                    return [answer for answer in answers if answer is not None]
+                try:
+                    if connection is not None:
+                        deadline = self._recovery.patience(connection.ledger, time.monotonic(), deadline)
+                        if connection.ledger.lost is None:
+                            connection.await_end(deadline - time.monotonic())
+                    connection = self._connected(began)
+                except CowfenceError as error:
+                    for index in left:
+                        answers[index] = as_outcome(error)
+                else:
+                    self._exchange(connection, pieces, left, answers)
 
-    def _exchange(self, pieces: Sequence[Piece]) -> list[Completion]:
-        sock, machine = self._sock, self._machine
-        poller = select.poll()
-        waiting = deque(enumerate(pieces))
-        outgoing: deque[memoryview] = deque()
-        cookies: dict[int, int] = {}
-        done: dict[int, Completion] = {}
-        while len(done) < len(pieces):
-            while waiting and len(machine.pending) < _IN_FLIGHT_MAX:
-                index, piece = waiting.popleft()
-                cookie, header = machine.request(piece.command, piece.offset, piece.length_bytes, int(piece.flags))
-                cookies[cookie] = index
-                message = [memoryview(header)]
-                if piece.command is Command.WRITE:
-                    message.append(memoryview(piece.data).cast("B"))
-                outgoing.extend(message if self._tls is None else (memoryview(self._tls.encrypt(message)),))
-            poller.register(sock, select.POLLIN | (select.POLLOUT if outgoing else 0))
-            if not poller.poll(None if self._timeout_seconds is None else self._timeout_seconds * 1000):
-                raise TimeoutError(errno.ETIMEDOUT, "the server does not answer")
-            if outgoing:
-                self._send_some(outgoing)
-            try:
-                data = sock.recv(_RECEIVE_BYTES)
-            except BlockingIOError:
+    def _refuse(self, pieces: Sequence[Piece], requests: Sequence[Request], answers: list[Answer | None]) -> None:
+        """Answer what must not be sent any more."""
+        for index, piece in enumerate(pieces):
+            if piece.command is Command.READ or answers[index] is not None:
                 continue
-            if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
-            if self._tls is not None:
-                data = self._tls.receive(data)
-                outgoing.extend((memoryview(self._tls.take()),))
-            for completion in machine.receive(data):
-                done[cookies[completion.cookie]] = completion
-        return [done[index] for index in range(len(pieces))]
+            try:
+                if piece.command in CHANGES:
+                    self._recovery.check_change(requests[piece.request])
+                elif piece.command is Command.FLUSH:
+                    self._recovery.check_flush()
+            except CowfenceError as error:
+                answers[index] = as_outcome(error)
 
-    def _send_some(self, outgoing: deque[memoryview]) -> None:
+    def _exchange(
+        self, connection: Connection, pieces: Sequence[Piece], left: Sequence[int], answers: list[Answer | None]
+    ) -> None:
+        """Have one connection answer what is ``left``; what another may be asked has no answer then."""
         try:
-            sent = self._sock.sendmsg([outgoing[index] for index in range(min(len(outgoing), 512))])
-        except BlockingIOError:
-            return
-        while outgoing and sent >= len(outgoing[0]):
-            sent -= len(outgoing.popleft())
-        if sent:
-            outgoing[0] = outgoing[0][sent:]
+            replies, begun = connection.exchange([pieces[index] for index in left])
+        except BaseException:
+            self._closed = Closed(f"{self._name}: an earlier call was interrupted")
+            connection.close()
+            raise
+        lost = connection.ledger.lost
+        changing = {pieces[index].request for index in left[:begun] if pieces[index].command in CHANGES} if lost else ()
+        for index, reply in zip(left, replies, strict=True):
+            if reply is None:
+                # A change of which anything was sent stays with its connection, all of it.
+                if pieces[index].command in CHANGES and pieces[index].request in changing:
+                    answers[index] = lost
+            elif not self._recovery.is_leaving(reply) or pieces[index].command in CHANGES:
+                answers[index] = reply
 
-    def _check_usable(self) -> None:
+    def _connected(self, began: float) -> Connection:
+        """The connection, or another where it is lost, for a call that ``began`` then. Raises why there is none."""
+        ledger = self._connection.ledger
+        if not self._recovery.wants_another(ledger):
+            return self._connection
+        if self._gave_up is not None and self._gave_up[0] > began:
+            raise self._gave_up[1]
+        assert ledger.lost is not None  # that is why another is wanted
+        error = ledger.lost
+        for pause_seconds, open_seconds in self._recovery.attempts(ledger, time.monotonic):
+            time.sleep(pause_seconds)
+            try:
+                self._connection = self._opened(open_seconds=open_seconds)
+                return self._connection
+            except StorageFailed as failed:
+                error = as_outcome(failed)
+            except CowfenceError as refused:
+                raise self._recovery.fail(as_outcome(refused)) from None
+        self._gave_up = time.monotonic(), error
+        raise error
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise Closed(f"{self._name}: the connection belongs to another process")
-        if self._broken is not None:
-            raise self._broken
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed.with_traceback(None)
 
     # --- requests ---
 
     @property
     def writable(self) -> bool:
-        return self._terms.writable
+        """False also where acknowledged writes may have been lost, see ``recovery``."""
+        return self._terms.writable and self._recovery.promise_broken is None
 
     def submit(self, requests: Sequence[Request], *, wait: bool = True) -> list[Outcome]:
         """See ``Disk.submit``; a server is always waited for, whatever ``wait`` says."""
@@ -229,20 +199,25 @@ class NbdDisk:
             else:
                 if request.verb is Verb.READ:
                     outcomes[index] = bytearray(request.length_bytes)
-        later: list[Piece] = []
-        for piece, completion in zip(pieces, self._transact(pieces), strict=True):
-            outcome = outcomes[piece.request]
-            if completion.error:
-                outcomes[piece.request] = self._terms.error(piece, completion)
-            elif completion.data is not None and isinstance(outcome, bytearray):
-                outcome[piece.at : piece.at + piece.length_bytes] = completion.data
-        for index, request in enumerate(requests):
-            if outcomes[index] is None and self._terms.flush_follows(request):
-                later.append(self._terms.flush_piece(index))
-        for piece, completion in zip(later, self._transact(later), strict=True):
-            if completion.error:
-                outcomes[piece.request] = self._terms.error(piece, completion)
+        self._carry_out(pieces, requests, outcomes)
+        later = [
+            self._terms.flush_piece(index)
+            for index, request in enumerate(requests)
+            if outcomes[index] is None and self._terms.flush_follows(request)
+        ]
+        if later:
+            self._carry_out(later, requests, outcomes)
         return outcomes
+
+    def _carry_out(self, pieces: Sequence[Piece], requests: Sequence[Request], outcomes: list[Outcome]) -> None:
+        for piece, answer in zip(pieces, self._ask(pieces, requests), strict=True):
+            outcome = outcomes[piece.request]
+            if isinstance(answer, CowfenceError):
+                outcomes[piece.request] = answer
+            elif answer.error:
+                outcomes[piece.request] = self._terms.error(piece, answer)
+            elif answer.data is not None and isinstance(outcome, bytearray):
+                outcome[piece.at : piece.at + piece.length_bytes] = answer.data
 
     def _one(self, request: Request) -> Outcome:
         (outcome,) = self.submit((request,))
@@ -289,33 +264,43 @@ class NbdDisk:
     def _status(self, context: str, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
         while offset < end:
             piece = self._terms.status_piece(offset, end)
-            (completion,) = self._transact((piece,))
-            for run in self._terms.statuses(context, piece, completion, end):
+            (answer,) = self._ask((piece,))
+            if isinstance(answer, CowfenceError):
+                raise answer
+            for run in self._terms.statuses(context, piece, answer, end):
                 yield run
                 offset = run[0] + run[1]
 
     # --- the end ---
 
     def close(self) -> None:
-        """Flush, say goodbye and close. May be called again. Raises what the flush raises; the connection is closed anyway."""
-        if isinstance(self._broken, Closed):
-            return
+        """Flush, say goodbye and close. May be called again. Raises what the flush raises, and StorageFailed where acknowledged
+        writes may have been lost before; the connection is closed anyway."""
         if os.getpid() != self._pid:
-            self._broken = Closed(f"{self._name}: the connection belongs to another process")
-            self._sock.close()
+            self._connection.close()
             return
-        try:
-            if self._broken is None:
-                if self._terms.writable and self._terms.flushable:
-                    self.flush()
-                self._sock.setblocking(True)
-                _, header = self._machine.request(Command.DISC)
-                self._sock.sendall(header if self._tls is None else self._tls.encrypt((header,)) + self._tls.goodbye())
-        except OSError as error:
-            raise StorageFailed(self._name, "disconnect", 0, error) from error
-        finally:
-            self._broken = Closed(f"{self._name}: the disk is closed")
-            self._sock.close()
+        with self._lock:
+            if self._closed is not None:
+                return
+            try:
+                self._end()
+            finally:
+                self._closed = Closed(f"{self._name}: the disk is closed")
+                self._connection.close()
+
+    def _end(self) -> None:
+        self._recovery.check_flush()
+        connection = self._connection
+        if connection.ledger.lost is None and self._terms.writable and self._terms.flushable:
+            flush = self._terms.flush_piece(0)
+            (reply,), begun = connection.exchange((flush,))
+            self._recovery.check_flush()
+            if reply is not None and reply.error:
+                raise self._terms.error(flush, reply)
+            if begun and connection.ledger.lost is not None:
+                raise connection.ledger.lost
+        if connection.ledger.lost is None:
+            connection.say_goodbye()
 
     def __enter__(self) -> NbdDisk:
         return self

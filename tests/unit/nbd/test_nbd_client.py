@@ -14,18 +14,12 @@ from cowfence.disk.base import Request, Verb
 from cowfence.errors import Closed, CowfenceError, StorageFailed, Unsupported
 from cowfence.nbd import messages as m
 from cowfence.nbd.client import NbdDisk
-from cowfence.nbd.handshake import ServerHandshake
 from cowfence.nbd.messages import Command, ProtocolError, RequestHeader, TransmissionFlag
 from cowfence.nbd.negotiation import ExportInfo
+from helpers_scripted import OlderHandshake
 
 ALL = 0xFFFF
 Answer = Callable[[RequestHeader, bytes], bytes | None]
-
-
-class OlderHandshake(ServerHandshake):
-    """Of a server that does not know extended headers."""
-
-    _ANSWERS = {option: answer for option, answer in ServerHandshake._ANSWERS.items() if option != m.Option.EXTENDED_HEADERS}
 
 
 class LyingServer:
