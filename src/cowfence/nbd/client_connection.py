@@ -214,14 +214,15 @@ class Connection:
             sent_bytes = self._sock.sendmsg([part for _, part in islice(outgoing, _VECTOR_MAX)])
         except BlockingIOError:
             return 0
-        number = -1
+        begun = 0
         while sent_bytes:
             number, part = outgoing.popleft()
+            begun = max(begun, number + 1)  # what TLS itself says may stand behind a message
             if sent_bytes < len(part):
                 outgoing.appendleft((number, part[sent_bytes:]))
                 break
             sent_bytes -= len(part)
-        return number + 1
+        return begun
 
     # --- the end ---
 

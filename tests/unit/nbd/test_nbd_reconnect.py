@@ -578,6 +578,19 @@ def test_replies_that_came_before_a_message_could_not_be_sent_are_taken(
         loop.run(server.stop())
 
 
+def test_a_message_that_went_out_before_words_of_tls_has_begun(tmp_path: Path) -> None:
+    """What TLS says for itself stands behind it in the same call; the message must not be sent again."""
+    with background() as loop:
+        server = Scripted(tmp_path)
+        loop.run(server.start())
+        disk = NbdDisk(server.uri)
+        connection = disk._connection
+        connection._outgoing.extend([(0, memoryview(b"")), (1, memoryview(b"")), (-1, memoryview(bytes(4)))])
+        assert connection._send() == 2
+        connection.close()
+        loop.run(server.stop())
+
+
 def test_an_interrupted_search_for_a_server_may_go_on(tmp_path: Path) -> None:
     with background() as loop:
         server = Scripted(tmp_path)
