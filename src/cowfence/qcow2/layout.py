@@ -52,7 +52,10 @@ class Layout:
 
     def check_table(self, offset: int, length_bytes: int, kind: Kind) -> None:
         """Raise Corrupt if a write of ``kind`` would land on anything else."""
-        for cluster in range(offset >> self._bits, (offset + length_bytes - 1 >> self._bits) + 1):
+        first, last = offset >> self._bits, offset + length_bytes - 1 >> self._bits
+        if first == last and self.kinds.get(first) is kind:
+            return
+        for cluster in range(first, last + 1):
             holder = self.kinds.get(cluster)
             if holder is not kind:
                 raise self._overlap(cluster, kind, holder)

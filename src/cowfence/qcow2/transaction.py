@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from threading import Condition, Lock
 from typing import NamedTuple, Protocol
 
@@ -245,7 +246,7 @@ def _sector_changes(table: AnyTable, sectors: Iterable[int], stage: Stage, mark:
 
 def write_changes(storage: Storage, layout: Layout, changes: list[Change]) -> None:
     """Write the changes of one stage, neighbours in one call. Their order among each other means nothing."""
-    ordered = sorted(changes, key=lambda change: change.offset)
+    ordered = sorted(changes, key=attrgetter("offset"))
     for change in ordered:
         layout.check_table(change.offset, len(change.data), change.kind)
     at = 0
