@@ -6,7 +6,8 @@ import atexit
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from helpers_programs import ENVIRONMENT, Programs
 
 ROOT = Path(__file__).resolve().parents[1]
 COWFENCE = (sys.executable, "-m", "cowfence.cli.main")
-__all__ = ["COWFENCE", "ENVIRONMENT", "ROOT", "cowfence", "shared_programs", "snapshot_of"]
+__all__ = ["COWFENCE", "ENVIRONMENT", "ROOT", "cowfence", "running", "shared_programs", "snapshot_of"]
 
 
 @cache
@@ -44,3 +45,22 @@ def cowfence(
 def snapshot_of(directory: Path) -> Mapping[str, bytes]:
     """Every regular file below ``directory`` with its content: to see that nothing changed."""
     return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``cowfence serve`` with words in ``folder``; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str) -> subprocess.Popen[str]:
+        argv = [*COWFENCE, "serve", *words]
+        server = subprocess.Popen(argv, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(server)
+        return server
+
+    try:
+        yield begin
+    finally:
+        for server in started:
+            server.kill()
+            server.communicate()

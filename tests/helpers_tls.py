@@ -82,3 +82,12 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def make_pki(folder: Path) -> Authority:
+    """In ``folder``: ``server``, and the clients ``alice`` and ``bob``, all of one authority."""
+    authority = Authority(folder)
+    authority.directory("server", "localhost", known_by="server")
+    authority.directory("client", "alice")
+    authority.directory("client", "bob")
+    return authority

@@ -14,7 +14,7 @@ import cowfence
 from cowfence.errors import StorageFailed
 from cowfence.nbd.client import NbdDisk
 from cowfence.units import MIB
-from helpers_cli import COWFENCE, ENVIRONMENT
+from helpers_cli import running
 from judges import run
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -23,25 +23,14 @@ Start = Callable[..., tuple[subprocess.Popen[str], str]]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts ``cowfence serve`` with these words; the process and the URI that it printed."""
-    running: list[subprocess.Popen[str]] = []
+    with running(tmp_path) as begin:
 
-    def begin(*words: str) -> tuple[subprocess.Popen[str], str]:
-        server = subprocess.Popen(
-            [*COWFENCE, "serve", *words],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(server)
-        assert server.stdout is not None
-        return server, server.stdout.readline().strip()
+        def start(*words: str) -> tuple[subprocess.Popen[str], str]:
+            server = begin(*words)
+            assert server.stdout is not None
+            return server, server.stdout.readline().strip()
 
-    yield begin
-    for server in running:
-        server.kill()
-        server.communicate()
+        yield start
 
 
 def stop(server: subprocess.Popen[str], number: int = signal.SIGTERM) -> None:

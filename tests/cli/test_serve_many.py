@@ -23,7 +23,7 @@ from cowfence.errors import CowfenceError, Unsupported
 from cowfence.nbd.client import NbdDisk, list_exports
 from cowfence.service.config import read_config
 from cowfence.service.control import ask
-from helpers_cli import COWFENCE, ENVIRONMENT
+from helpers_cli import COWFENCE, ENVIRONMENT, running
 from helpers_cli import cowfence as command
 from judges import require, run
 
@@ -46,26 +46,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
     """Starts ``cowfence serve``; back when it is ready."""
-    running: list[subprocess.Popen[str]] = []
+    with running(folder) as begin:
 
-    def begin(*words: str) -> subprocess.Popen[str]:
-        server = subprocess.Popen(
-            [*COWFENCE, "serve", "-k", "sock", *words] if "--config" not in words else [*COWFENCE, "serve", *words],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(server)
-        assert server.stdout is not None
-        assert server.stdout.readline().startswith("nbd"), server.communicate()[1]
-        return server
+        def start(*words: str) -> subprocess.Popen[str]:
+            server = begin(*words) if "--config" in words else begin("-k", "sock", *words)
+            assert server.stdout is not None
+            assert server.stdout.readline().startswith("nbd"), server.communicate()[1]
+            return server
 
-    yield begin
-    for server in running:
-        server.kill()
-        server.communicate()
+        yield start
 
 
 def uri(export: str = "") -> str:

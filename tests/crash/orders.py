@@ -276,7 +276,7 @@ def _no_tail() -> Iterator[None]:
 
 
 @contextmanager
-def _available_before_retired() -> Iterator[None]:
+def available_before_retired() -> Iterator[None]:
     true_retire, true_reclaim = Journal.retire, ClusterReclaimer.reclaim
     late: list[tuple[Journal, int]] = []
 
@@ -294,7 +294,7 @@ def _available_before_retired() -> Iterator[None]:
 
 
 @contextmanager
-def _published_before_data() -> Iterator[None]:
+def published_before_the_data() -> Iterator[None]:
     true_write, true_publish = RecordingStorage.writev, Journal.publish
     held: list[tuple[RecordingStorage, int, list[bytes]]] = []
 
@@ -427,8 +427,8 @@ MUTANTS = [
     Mutant("M11 old L2 table freed before the L1 entry changes", "shared", counted_down_at_once(True), clauses=("C5", "C6")),
     Mutant("M25 freed before its entry is replaced, one-table cache", "one-table", counted_down_at_once(False)),
     Mutant("M27 copied tail left out", "part", _no_tail, clauses=("C3",)),
-    Mutant("M36 available before retired", "kept-shared", _available_before_retired, clauses=("C4", "C5", "C6")),
-    Mutant("M36 published before the data", "kept", _published_before_data, clauses=("C3", "C4", "C1")),
+    Mutant("M36 available before retired", "kept-shared", available_before_retired, clauses=("C4", "C5", "C6")),
+    Mutant("M36 published before the data", "kept", published_before_the_data, clauses=("C3", "C4", "C1")),
     Mutant(
         "M12 L1 entry before the new L2 table",
         "allocate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import struct
 import subprocess
 import tempfile
@@ -195,3 +196,21 @@ def hostile_entries(content: bytes, tables: Tables) -> list[int]:
         if offset < 1 << shift:
             found += [COMPRESSED | offset, COMPRESSED | offset + 3 | (1 << 62 - shift) - 1 << shift]
     return [*found, 0, 1, 2, 1 << 63, COMPRESSED, 1 << 56, 1 << 61, (1 << 64) - 1, (1 << 63) - 1]
+
+
+def patched(content: bytes, at: int, data: bytes) -> bytes:
+    return content[:at] + data + content[at + len(data) :]
+
+
+def header_mutants(name: str, chance: random.Random) -> Iterator[tuple[bytes, str]]:
+    """The image with each field of its header changed to something else, and what was changed; but for the fields without which
+    it is no image at all."""
+    content = corpus(name)
+    for field in FIELDS:
+        if field.name in ("magic", "version", "cluster_bits", "crypt_method"):
+            continue
+        bits = field.length_bytes * 8
+        old = int.from_bytes(content[field.at : field.at + field.length_bytes])
+        values = {0, 1, old + 1, old ^ 1 << chance.randrange(bits), chance.randrange(1 << bits), (1 << bits - 1) - 1}
+        for value in sorted(value for value in values if value < 1 << bits):
+            yield patched(content, field.at, value.to_bytes(field.length_bytes)), f"{name}: {field.name} = {value:#x}"

@@ -14,8 +14,8 @@ from cowfence.ops.rebase import rebase_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.storage.memory import MemoryStorage
-from hostile.corpus import FIELDS, corpus, hostile_entries, tables_of
-from hostile.test_corpus import ALLOWED, MEMORY_BYTES, SECONDS, TooSlow, Watched, bounded, check_tables, patched
+from hostile.corpus import corpus, header_mutants, hostile_entries, patched, tables_of
+from hostile.test_corpus import ALLOWED, MEMORY_BYTES, SECONDS, TooSlow, Watched, bounded, check_tables
 
 NAMES = ("qemu-512", "qemu-v2", "ours-aged")
 _BELOW_BYTES = 8192
@@ -52,17 +52,9 @@ def exercise(content: bytes, what: str, chance: random.Random) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_fields(name: str) -> None:
-    content = corpus(name)
     chance = random.Random(name)
-    for field in FIELDS:
-        if field.name in ("magic", "version", "cluster_bits", "crypt_method"):
-            continue
-        bits = field.length_bytes * 8
-        old = int.from_bytes(content[field.at : field.at + field.length_bytes])
-        values = {0, 1, old + 1, old ^ 1 << chance.randrange(bits), chance.randrange(1 << bits), (1 << bits - 1) - 1}
-        for value in sorted(value for value in values if value < 1 << bits):
-            data = value.to_bytes(field.length_bytes)
-            exercise(patched(content, field.at, data), f"{name}: {field.name} = {value:#x}", chance)
+    for content, what in header_mutants(name, chance):
+        exercise(content, what, chance)
 
 
 @pytest.mark.parametrize("kind", ["L1 table", "L2 table", "refcount table", "refcount block"])

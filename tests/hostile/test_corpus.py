@@ -29,7 +29,7 @@ from cowfence.storage.file import FileStorage
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.wrapper import StorageWrapper
 from cowfence.units import GIB, KIB, MIB
-from hostile.corpus import FIELDS, NAMES, corpus, hostile_entries, tables_of, words
+from hostile.corpus import FIELDS, NAMES, corpus, hostile_entries, patched, tables_of, words
 
 ALLOWED = (Corrupt, Unsupported, NotThisFormat, Refused, ReadOnly, NoSpace, Invalid)
 MEMORY_BYTES = 256 * MIB
@@ -211,10 +211,6 @@ def check_tables(before: bytes, after: bytes, written: list[tuple[int, int, str]
             assert kind is None or kind in KINDS_BY_MARK.get(mark, ()), (
                 f"{what}: {mark} landed on the {kind}, cluster {cluster}"
             )
-
-
-def patched(content: bytes, at: int, data: bytes) -> bytes:
-    return content[:at] + data + content[at + len(data) :]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,8 @@ from cowfence.qcow2.header import read_header
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.snapshot_table import read_snapshots
 from cowfence.storage.memory import MemoryStorage
-from hostile.corpus import FIELDS, corpus, hostile_entries, tables_of
-from hostile.test_corpus import ALLOWED, MEMORY_BYTES, READ_BYTES, SECONDS, TooSlow, Watched, bounded, check_tables, patched
+from hostile.corpus import corpus, header_mutants, hostile_entries, patched, tables_of
+from hostile.test_corpus import ALLOWED, MEMORY_BYTES, READ_BYTES, SECONDS, TooSlow, Watched, bounded, check_tables
 
 NAMES = ("qemu-512", "qemu-v2", "ours-aged")
 _AUTOCLEAR = slice(88, 96)
@@ -70,16 +70,8 @@ def read_all(content: bytes, what: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_fields(name: str) -> None:
-    content = corpus(name)
-    chance = random.Random(name)
-    for field in FIELDS:
-        if field.name in ("magic", "version", "cluster_bits", "crypt_method"):
-            continue
-        bits = field.length_bytes * 8
-        old = int.from_bytes(content[field.at : field.at + field.length_bytes])
-        values = {0, 1, old + 1, old ^ 1 << chance.randrange(bits), chance.randrange(1 << bits), (1 << bits - 1) - 1}
-        for value in sorted(value for value in values if value < 1 << bits):
-            exercise(patched(content, field.at, value.to_bytes(field.length_bytes)), f"{name}: {field.name} = {value:#x}")
+    for content, what in header_mutants(name, random.Random(name)):
+        exercise(content, what)
 
 
 @pytest.mark.parametrize("kind", ["L1 table", "L2 table", "refcount table", "refcount block", "snapshot's L1 table"])

@@ -19,7 +19,7 @@ from cowfence.nbd.export import Export
 from cowfence.nbd.messages import ALLOCATION_DEPTH, BASE_ALLOCATION
 from cowfence.nbd.server import Limits, Server
 from cowfence.nbd.tls import server_context
-from helpers_tls import Authority
+from helpers_tls import make_pki
 from judges import require, run
 
 MIB = 1 << 20
@@ -29,10 +29,7 @@ SIZE = 8 * MIB
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pki")
-    authority = Authority(folder)
-    authority.directory("server", "localhost", known_by="server")
-    authority.directory("client", "alice")
-    authority.directory("client", "bob")
+    make_pki(folder)
     return folder
 
 

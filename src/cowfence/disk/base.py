@@ -118,3 +118,16 @@ class Disk(Protocol):
     def close(self) -> None:
         """Flush and release. May be called again."""
         ...
+
+
+def carry_out(disk: Disk, request: Request) -> None:
+    """A WRITE, ZERO or DISCARD by the call of its name. Raises what that raises."""
+    verb, offset, length_bytes, data, fua, unmap = request
+    if verb is Verb.WRITE:
+        disk.write(offset, data, fua=fua)
+    elif verb is Verb.ZERO:
+        disk.zero(offset, length_bytes, unmap=unmap, fua=fua)
+    else:
+        disk.discard(offset, length_bytes)
+        if fua:
+            disk.flush()

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome, carry_out
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -200,7 +200,7 @@ class RawDisk:
 
     def _submit_slow(self, request: Request, wait: bool) -> Outcome:
         """What has to wait for the host in general: fences, and calls that change a file's allocation."""
-        verb, offset, length_bytes, data, fua, unmap = request
+        verb, offset, length_bytes, data, _, _ = request
         if verb is Verb.FLUSH:
             if not wait and self._must_wait_to_flush():
                 return BLOCKED
@@ -209,14 +209,7 @@ class RawDisk:
         self._begin_write(offset, len(data) if verb is _WRITE else length_bytes)
         if not wait:
             return BLOCKED
-        if verb is _WRITE:
-            self.write(offset, data, fua=fua)
-        elif verb is Verb.ZERO:
-            self.zero(offset, length_bytes, unmap=unmap, fua=fua)
-        else:
-            self.discard(offset, length_bytes)
-            if fua:
-                self.flush()
+        carry_out(self, request)
         return None
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome, carry_out
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -423,7 +423,7 @@ class Qcow2Disk:
 
     def _one(self, request: Request, *, wait: bool) -> Outcome:
         """One request of a batch that is no plain case."""
-        verb, offset, length_bytes, data, fua, unmap = request
+        verb, offset, length_bytes, data, fua, _ = request
         try:
             if verb is Verb.READ:
                 self._check_range(offset, length_bytes)
@@ -443,14 +443,7 @@ class Qcow2Disk:
                 if verb is Verb.WRITE or fua or not self._one_piece(request):
                     return BLOCKED
                 return None
-            if verb is Verb.WRITE:
-                self.write(offset, data, fua=fua)
-            elif verb is Verb.ZERO:
-                self.zero(offset, length_bytes, unmap=unmap, fua=fua)
-            else:
-                self.discard(offset, length_bytes)
-                if fua:
-                    self.flush()
+            carry_out(self, request)
             return None
         except WouldBlock:
             return BLOCKED

@@ -20,7 +20,7 @@ from cowfence.nbd.negotiation import ExportInfo
 from cowfence.nbd.server import Limits, Server
 from cowfence.nbd.tls import TlsSession, client_context, psk_context, server_context
 from helpers_storage import TinyStorage
-from helpers_tls import Authority
+from helpers_tls import Authority, make_pki
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -29,10 +29,7 @@ SIZE = 4 * MIB
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pki")
-    authority = Authority(folder)
-    authority.directory("server", "localhost", known_by="server")
-    authority.directory("client", "alice")
-    authority.directory("client", "bob")
+    make_pki(folder)
     (folder / "others").mkdir()
     Authority(folder / "others", "another CA").directory("client", "mallory")
     return folder

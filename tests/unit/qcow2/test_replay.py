@@ -27,15 +27,13 @@ from cowfence.errors import Corrupt, CowfenceError, StorageFailed
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
-from cowfence.qcow2.reclaim import ClusterReclaimer
 from cowfence.qcow2.replay import replay
-from cowfence.qcow2.transaction import Freed
-from cowfence.storage.base import Buffer
 from cowfence.storage.fault import Arrived, FaultPlan, FaultyStorage, Kind
 from cowfence.storage.file import FileStorage
 from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.oplog import Entry, OpLog
 from cowfence.storage.record import RecordingStorage
+from crash.orders import available_before_retired, published_before_the_data
 from crash.scenarios import CLUSTER, compressed, image, short_l1, snapshotted, written
 from fault.test_fault_loop import full_table
 
@@ -358,45 +356,6 @@ def test_the_largest_clusters_and_tables_fit_into_the_journal(tmp_path: Path) ->
 
 
 # The broken order M36 of the crash contract
-
-
-@contextmanager
-def available_before_retired() -> Iterator[None]:
-    true_retire, true_reclaim = Journal.retire, ClusterReclaimer.reclaim
-    late: list[tuple[Journal, int]] = []
-
-    def reclaim(self: ClusterReclaimer, freed: list[Freed]) -> None:
-        true_reclaim(self, freed)
-        for journal, generation in late:
-            true_retire(journal, generation)
-        late.clear()
-
-    with (
-        mock.patch.object(Journal, "retire", lambda journal, generation: late.append((journal, generation))),
-        mock.patch.object(ClusterReclaimer, "reclaim", reclaim),
-    ):
-        yield
-
-
-@contextmanager
-def published_before_the_data() -> Iterator[None]:
-    true_write, true_publish = RecordingStorage.writev, Journal.publish
-    held: list[tuple[RecordingStorage, int, list[bytes]]] = []
-
-    def writev(self: RecordingStorage, offset: int, buffers: Sequence[Buffer], mark: str) -> None:
-        if mark == "data.write":
-            held.append((self, offset, [bytes(buffer) for buffer in buffers]))
-        else:
-            true_write(self, offset, buffers, mark)
-
-    def publish(self: Journal, notes: list[int]) -> None:
-        true_publish(self, notes)
-        for storage, offset, buffers in held:
-            true_write(storage, offset, buffers, "data.write")
-        held.clear()
-
-    with mock.patch.object(RecordingStorage, "writev", writev), mock.patch.object(Journal, "publish", publish):
-        yield
 
 
 @contextmanager
