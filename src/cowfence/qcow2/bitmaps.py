@@ -37,6 +37,8 @@ from cowfence.qcow2.extensions import Autoclear, BitmapsPointer, ExtensionType, 
 from cowfence.qcow2.geometry import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_HOST_BITS, OFFSET_MASK, TABLE_ENTRY_BYTES
 from cowfence.qcow2.header import Header
 from cowfence.qcow2.header_change import switch_header, with_extension
+from cowfence.qcow2.since import changed_since
+from cowfence.qcow2.snapshot_table import find_snapshot, read_snapshots
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Stage
@@ -223,6 +225,38 @@ class Bitmaps:
             return _Held(held.entry, sum_, stored=False)
 
         self._replace(name, merged)
+
+    def resume(self, name: str, later: str, moment: str) -> None:
+        """It records again as if it had never stopped, and ``later``, which has recorded instead, is removed; both at once.
+
+        Where ``later`` is missing or inconsistent, what is not as it was in the snapshot ``moment`` (by id or name) counts as
+        changed. Raises Invalid where there is none, with nothing changed.
+        """
+        stored, other = self._find(name).entry.name, _stored_name(later)
+        self._bits(self._find(name))
+
+        def resumed(held: dict[bytes, _Held]) -> dict[bytes, _Held]:
+            old = self._bits(held[stored])
+            bits = DirtyBits(old.granularity_bits, old.size_bytes, old.packed)
+            if other in held and held[other].usable:
+                bits.merge(self._bits(held[other]))
+            else:
+                for offset, length_bytes in self._changed_since(moment):
+                    bits.mark(offset, min(length_bytes, bits.size_bytes - offset))
+            left = {found: one for found, one in held.items() if found != other}
+            entry = left[stored].entry
+            left[stored] = _Held(entry._replace(flags=entry.flags | AUTO), bits, stored=False)
+            return left
+
+        self._change(resumed)
+
+    def _changed_since(self, moment: str) -> Iterator[tuple[int, int]]:
+        header = self._state.header
+        snapshots = read_snapshots(self._state.storage, header) if header.snapshot_count else ()
+        snapshot = find_snapshot(snapshots, moment)
+        if snapshot is None:
+            raise Invalid(f"{self._state.storage.name}: there is no snapshot {moment!a}")
+        return changed_since(self._state, snapshot)
 
     def bits_of(self, name: str) -> DirtyBits:
         """A copy of a bitmap's bits, to be merged into another. Raises Invalid."""
