@@ -29,6 +29,8 @@ _EXTENDED_L2: Final = 16
 _RAW_DATA: Final = 2
 _SUBCLUSTERS: Final = 32
 _BITMAPS_VALID: Final = 1
+_IN_USE: Final = 1
+_AUTO: Final = 2
 
 Touch = Callable[[int, int], None]
 """(offset, length in bytes): told of every range that the verdict rests on."""
@@ -45,12 +47,26 @@ class Finding(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """A persistent bitmap as it stands. ``true``: it says of itself that it has recorded every write until now."""
+    """A persistent bitmap as it stands."""
 
     name: bytes
     granularity_bits: int
-    true: bool
+    flags: int
     bits: bytes
+
+    @property
+    def true(self) -> bool:
+        """It says of itself that it has recorded every write until now."""
+        return self.records and not self.in_use
+
+    @property
+    def records(self) -> bool:
+        return bool(self.flags & _AUTO)
+
+    @property
+    def in_use(self) -> bool:
+        """It says of itself that it is not to be trusted."""
+        return bool(self.flags & _IN_USE)
 
     def covers(self, sector: int) -> bool:
         """True if the sector is dirty by it."""
@@ -106,11 +122,11 @@ def fatal_findings(content: bytes) -> list[str]:
     return [finding.text for finding in inspect(content).findings]
 
 
-def active_digest(content: bytes) -> bytes:
+def active_digest(content: bytes, touch: Touch | None = None) -> bytes:
     """Of what the active disk holds: that of a snapshot which was taken of it now."""
     digest = blake2b(digest_size=16)
     l1_size, l1_offset = struct.unpack_from(">IQ", content, 36)
-    judge = _Judge(content, _untouched)
+    judge = _Judge(content, touch or _untouched)
     judge.bits = struct.unpack_from(">I", content, 20)[0]
     judge.version = struct.unpack_from(">I", content, 4)[0]
     judge.step = _step(content)
@@ -278,7 +294,7 @@ class _Judge:
                     bits += content[host : host + cluster_bytes].ljust(cluster_bytes, b"\0")
                 else:
                     bits += (b"\xff" if word & 1 else b"\0") * cluster_bytes
-            self.result.bitmaps.append(Bitmap(name, granularity, flags & 3 == 2, bits))
+            self.result.bitmaps.append(Bitmap(name, granularity, flags, bits))
             at = at + 24 + extra + name_length + 7 & ~7
 
     def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None, name: str = "") -> None:
