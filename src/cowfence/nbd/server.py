@@ -96,6 +96,9 @@ class Server:
         self._epoll.register(self._bell.fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
         self._listeners: list[Listener] = []
+        self._knocked: list[socket.socket] = []
+        """Listeners at which somebody waits. Let in when a round of the loop is over: a new connection could get the number of
+        one that was closed in it, and with it an event that was meant for that one."""
         self._accepting = False
         self._addresses: list[NbdUri] = []
         self._connections: dict[int, Connection] = {}
@@ -131,7 +134,7 @@ class Server:
     def _add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
         self._addresses.append(listener.address)
-        self._handlers[listener.sock.fileno()] = lambda _events: self._on_connect(listener.sock)
+        self._handlers[listener.sock.fileno()] = lambda _events: self._knocked.append(listener.sock)
         if self._accepting:
             self._epoll.register(listener.sock, select.EPOLLIN)
         else:
@@ -155,6 +158,8 @@ class Server:
                     handler = handlers.get(fd)
                     if handler is not None:  # else closed by an earlier event of this round
                         handler(events)
+                while self._knocked:
+                    self._on_connect(self._knocked.pop())
                 if self._negotiating or self._stop_wanted or self._next_idle_look != math.inf:
                     self._look_at_clock()
         finally:
