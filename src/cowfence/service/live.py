@@ -16,7 +16,6 @@ from cowfence.qcow2.describe import snapshot_dict
 from cowfence.service.backup import Moment
 from cowfence.service.control import Command, Fields, qcow2_of
 from cowfence.service.exports import OpenedExport
-from cowfence.service.registry import left_alone
 
 if TYPE_CHECKING:
     from cowfence.service.service import Service
@@ -104,9 +103,8 @@ class LiveCommands:
         name, opened = self._image(fields)
         disk, which = qcow2_of(opened.image, name), fields.text("name")
         fields.end()
-        if not left_alone(opened.export):
-            raise Invalid(f"the export {name!a} has clients, whose disk would become another one under them")
-        return snapshot_dict(apply_snapshot(disk, which))
+        with self._service.without_clients(name):
+            return snapshot_dict(apply_snapshot(disk, which))
 
     def _snapshot_delete(self, request: Mapping[str, Any]) -> object:
         fields = Fields(request)

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -239,6 +239,25 @@ class Service:
             if failed is not None:
                 raise failed
             return {"added": new, "removed": removed, "in-use": in_use}
+
+    @contextmanager
+    def without_clients(self, name: str) -> Iterator[None]:
+        """An export has no clients, and none comes in until the end: who tries is told to try again. Raises Invalid where it
+        has some."""
+        with self._changing:
+            export = self.registry.served(name).export
+
+            def hold() -> None:
+                if export.stats.clients:
+                    raise Invalid(f"the export {name!a} has clients, whose disk would become another one under them")
+                export.held.set()
+
+            left_alone(export)
+            self._in_server(hold)
+            try:
+                yield
+            finally:
+                export.held.clear()
 
     def views_of(self, name: str) -> list[tuple[str, Backup | Moment]]:
         """The backups and snapshots of an export that are exported themselves."""
