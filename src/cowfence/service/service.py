@@ -20,7 +20,7 @@ from cowfence.ops.backup import BackupPlan, end_backup, left_behind, plan_of
 from cowfence.service.backup import Backup, Moment
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, check_config
 from cowfence.service.control import ControlServer
-from cowfence.service.exports import OpenedExport, is_export_name
+from cowfence.service.exports import OpenedExport, check_bitmap_name, is_export_name
 from cowfence.service.registry import Registry, Served, left_alone
 
 if TYPE_CHECKING:
@@ -285,6 +285,9 @@ class Service:
                 raise Invalid(f"there is an export {name!a} already")
             if not is_export_name(name):
                 raise Invalid(f"the name of an export is UTF-8, which {name!a} is not")
+            for bitmap in (backup_plan.bitmap, backup_plan.next_bitmap):
+                if bitmap is not None:
+                    check_bitmap_name(bitmap)
             self._check_no_view_of_backup(name, of)
             plan = self._plans[of]
             secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
