@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol, TypeVar
 
-from cowfence.errors import Corrupt, Invalid, ReadOnly, Unsupported
+from cowfence.errors import Corrupt, CowfenceError, Invalid, ReadOnly, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.bitmap_directory import (
     AUTO,
@@ -328,8 +328,9 @@ class Bitmaps:
                 entry = entry._replace(flags=entry.flags & ~IN_USE)
             # The bits of one in use on disk are worth nothing; only its table has to be there.
             was_recording = bool(held.entry.flags & IN_USE) and not held.inconsistent
-            fresh = not entry.table_entries or (not entry.flags & IN_USE and (was_recording or not held.stored))
-            payloads.append(_Payload(self._state, held.bits) if fresh and held.bits is not None else None)
+            wanted = not entry.flags & IN_USE and (was_recording or not held.stored)
+            bits = held.bits if wanted or not entry.table_entries else None
+            payloads.append(None if bits is None or _stands(self._state, entry, bits) else _Payload(self._state, bits))
             entries.append(entry)
         stored = alteration.transaction(lambda: _enter(self._state, entries, payloads))
         for held, entry, payload in zip(held_now, stored, payloads, strict=True):
@@ -462,6 +463,16 @@ def _read_bits(state: State, entry: BitmapEntry) -> DirtyBits:
         else:
             packed += (b"\xff" if word & _ALL_ONES else b"\0") * cluster_bytes
     return DirtyBits(entry.granularity_bits, state.size, packed)
+
+
+def _stands(state: State, entry: BitmapEntry, bits: DirtyBits) -> bool:
+    """Whether a bitmap's bits are those on disk already. These are durable: they were, before any entry led to them."""
+    if not entry.table_entries:
+        return False
+    try:
+        return _read_bits(state, entry).packed == bits.packed
+    except CowfenceError:
+        return False
 
 
 def _table_clusters(state: State, entry: BitmapEntry) -> range:
