@@ -29,6 +29,7 @@ CASES = {
     "failed": f"{_IMAGE} | backup_begin write:0+512 flush backup_failed reopen",
     "killed": f"{_IMAGE} | backup_begin write:512+512 flush kill backup_begin backup_end reopen",
     "killed, and taken back": f"{_IMAGE} | backup_begin write:35840+512 flush kill write:0+512 backup_failed reopen",
+    "killed, and good": f"{_IMAGE} | backup_begin write:35840+512 kill write:512+512 backup_end reopen",
     "whole, of version 2": "v2,c512,r16,t64,aged,raw | backup_begin write:0+1024 kill backup_begin backup_end",
     "whole, with a keeper": "v3,c512,r16,t64,aged,s1,keeper | backup_begin write:0+512 backup_end",
     "of another disk meanwhile": f"{_IMAGE},s1,diverged | backup_begin snapshot_apply backup_failed reopen",
@@ -86,7 +87,11 @@ BROKEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "taken back, it only records again": ("backup_begin backup_failed reopen", lambda: _end(_only_enabled, backup._let_go)),
     "after a kill, what the moment tells is not asked": (
         "backup_begin kill backup_failed reopen",
-        lambda: mock.patch.object(Bitmaps, "_changed_since", return_value=()),
+        lambda: mock.patch.object(Bitmaps, "_mark_changed_since"),
+    ),
+    "after a kill, the next bitmap is taken for what it was on disk": (
+        "backup_begin kill backup_end reopen",
+        lambda: mock.patch.object(Bitmaps, "_mark_changed_since"),
     ),
 }
 

@@ -13,8 +13,9 @@ less. Until the end, the two together have all that changed since the last good 
 it is, bitmaps included, and it is deleted last: so whoever finds it after a crash can end the backup.
 
 A bitmap that records is not to be trusted after a crash. That is ``next_bitmap``; what it had recorded is told all the same by
-the snapshot, which says what is other now than it was at the moment (``qcow2.since``). Only where ``bitmap`` itself recorded
-when the writer died, it is not known what has changed. Then it is marked so, using it is refused, and a full backup is needed.
+the snapshot, which says what is other now than it was at the moment (``qcow2.since``): so a backup can be ended, either way,
+after its writer was killed. Only where the one bitmap that is left recorded when the writer died, it is not known what has
+changed. Then it is marked so, using it is refused, and a full backup is needed.
 """
 
 from __future__ import annotations
@@ -152,9 +153,10 @@ def _stop(disk: Qcow2Disk, plan: BackupPlan) -> None:
 
 
 def _replace(disk: Qcow2Disk, plan: BackupPlan) -> None:
-    old, _ = _pair(plan)
-    if _bitmap(disk, old) is not None:
-        disk.bitmaps.remove(old)
+    old, new = _pair(plan)
+    later = _bitmap(disk, new)
+    if _bitmap(disk, old) is not None or (later is not None and later.inconsistent):
+        disk.bitmaps.hand_over(old, new, plan.snapshot_name)
 
 
 def _take_back(disk: Qcow2Disk, plan: BackupPlan) -> None:

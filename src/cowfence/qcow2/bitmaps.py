@@ -1,8 +1,9 @@
 """Persistent dirty bitmaps: which parts of the disk were written to since some moment (crash contract, C14).
 
 While the disk is open for writing, the bits of an enabled bitmap live in memory, and on disk the bitmap is marked *in use*:
-after a crash nobody trusts it. The mark is durable before the first change of guest data (R11); closing well stores the bits
-and takes the mark away. A disabled bitmap records nothing, so it stays valid all the time.
+after a crash nobody trusts it. The mark is durable before the first change of guest data (R11); closing well stores the bits,
+where they are other than those on disk, and takes the mark away. A disabled bitmap records nothing, so it stays valid all the
+time.
 
 Every change of the set of bitmaps, and both of these steps, are one transaction:
 
@@ -241,8 +242,7 @@ class Bitmaps:
             if other in held and held[other].usable:
                 bits.merge(self._bits(held[other]))
             else:
-                for offset, length_bytes in self._changed_since(moment):
-                    bits.mark(offset, min(length_bytes, bits.size_bytes - offset))
+                self._mark_changed_since(moment, bits)
             left = {found: one for found, one in held.items() if found != other}
             entry = left[stored].entry
             left[stored] = _Held(entry._replace(flags=entry.flags | AUTO), bits, stored=False)
@@ -250,13 +250,33 @@ class Bitmaps:
 
         self._change(resumed)
 
-    def _changed_since(self, moment: str) -> Iterator[tuple[int, int]]:
+    def hand_over(self, name: str, later: str, moment: str) -> None:
+        """It is removed, if it is there, and ``later`` goes on alone; both at once.
+
+        Where ``later`` is inconsistent, it records again, and has what is not as it was in the snapshot ``moment`` (by id or
+        name). Raises Invalid where there is none, with nothing changed.
+        """
+        stored, other = _stored_name(name), _stored_name(later)
+
+        def handed_over(held: dict[bytes, _Held]) -> dict[bytes, _Held]:
+            left = {found: one for found, one in held.items() if found != stored}
+            if other in left and left[other].inconsistent and _usable(left[other].entry):
+                entry = left[other].entry
+                bits = DirtyBits(entry.granularity_bits, self._state.size)
+                self._mark_changed_since(moment, bits)
+                left[other] = _Held(entry._replace(flags=entry.flags | AUTO), bits, stored=False)
+            return left
+
+        self._change(handed_over)
+
+    def _mark_changed_since(self, moment: str, bits: DirtyBits) -> None:
         header = self._state.header
         snapshots = read_snapshots(self._state.storage, header) if header.snapshot_count else ()
         snapshot = find_snapshot(snapshots, moment)
         if snapshot is None:
             raise Invalid(f"{self._state.storage.name}: there is no snapshot {moment!a}")
-        return changed_since(self._state, snapshot)
+        for offset, length_bytes in changed_since(self._state, snapshot):
+            bits.mark(offset, min(length_bytes, bits.size_bytes - offset))
 
     def bits_of(self, name: str) -> DirtyBits:
         """A copy of a bitmap's bits, to be merged into another. Raises Invalid."""

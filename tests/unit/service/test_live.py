@@ -171,18 +171,27 @@ def test_a_server_that_ends_takes_back_what_nobody_ended(image: Path) -> None:
 
 
 def test_a_good_backup_whose_server_was_killed_before_its_end(image: Path) -> None:
-    """The bitmap that recorded is not to be trusted, and whoever uses it is told."""
+    """The next bitmap has what came after the moment, and goes on."""
     with serving(image) as server:
+        server.write(128 * KIB)
         server.ctl("backup-begin", name="tue", bitmap="mon", next_bitmap="tue")
+        server.write(256 * KIB)
         image = killed(image)
     with serving(image) as server:
+        server.write(2 * MIB)
         server.ctl("backup-end", name="tue")
+        assert bitmaps(server) == {"tue": (True, False)}
+        server.write(3 * MIB)
+        image = killed(image.rename(image.with_name("running.qcow2")))
+    with serving(image) as server:
+        # Not this time: it was recording, and there is no moment.
         assert bitmaps(server) == {"tue": (True, True)}
         with pytest.raises(Invalid, match="a full backup is needed"):
             server.ctl("backup-begin", name="wed", bitmap="tue", next_bitmap="wed")
         assert bitmaps(server) == {"tue": (True, True)}
         server.ctl("backup-begin", name="full")
         server.ctl("backup-end", name="full")
+    assert dirty(image.with_name("running.qcow2"), "tue") == [4, 32, 48]
 
 
 def test_where_it_is_not_known_what_has_changed_the_command_says_so(image: Path) -> None:
