@@ -32,6 +32,7 @@ CASES = {
     "killed, and good": f"{_IMAGE} | backup_begin write:35840+512 kill write:512+512 backup_end reopen",
     "whole, of version 2": "v2,c512,r16,t64,aged,raw | backup_begin write:0+1024 kill backup_begin backup_end",
     "whole, with a keeper": "v3,c512,r16,t64,aged,s1,keeper | backup_begin write:0+512 backup_end",
+    "whole, of subclusters": "v3,c65536,r16,t2,s2,aged,extended | backup_begin backup_end",
     "of another disk meanwhile": f"{_IMAGE},s1,diverged | backup_begin snapshot_apply backup_failed reopen",
     "of a longer disk meanwhile": f"{_IMAGE} | backup_begin grow kill backup_failed reopen",
 }

@@ -127,10 +127,7 @@ def active_digest(content: bytes, touch: Touch | None = None) -> bytes:
     digest = blake2b(digest_size=16)
     l1_size, l1_offset = struct.unpack_from(">IQ", content, 36)
     judge = _Judge(content, touch or _untouched)
-    judge.bits = struct.unpack_from(">I", content, 20)[0]
-    judge.version = struct.unpack_from(">I", content, 4)[0]
-    judge.step = _step(content)
-    judge.end = -(-len(content) // (1 << judge.bits))
+    judge.prepare()
     judge.tree(l1_offset, l1_size, "", active=False, data=digest.update)
     return digest.digest()
 
@@ -173,6 +170,14 @@ class _Judge:
         self.copied: dict[int, tuple[str, int]] = {}
         self.tables: dict[int, str] = {}
 
+    def prepare(self) -> None:
+        """Read from the header what entries look like."""
+        self.version, self.bits = (struct.unpack_from(">I", self.content, at)[0] for at in (4, 20))
+        self.step = _step(self.content)
+        self.result.cluster_bytes = 1 << self.bits
+        self.result.data_bytes = (1 << self.bits) // (_SUBCLUSTERS if self.step == 16 else 1)
+        self.end = -(-len(self.content) // (1 << self.bits))
+
     def judge(self) -> Structure:
         content = self.content
         self.touch(0, 112)
@@ -183,14 +188,11 @@ class _Judge:
             ">IQIIQIIQQIIQ", content, 4
         )
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
-        self.bits, self.order, self.version = bits, order, version
-        self.step = _step(content)
+        self.order = order
+        self.prepare()
         self.result.external = version >= 3 and bool(content[79] & _DATA_FILE)
         self.result.raw = self.result.external and bool(content[95] & _RAW_DATA)
         self.result.encrypted = struct.unpack_from(">I", content, 32)[0] != 0
-        self.result.cluster_bytes = 1 << bits
-        self.result.data_bytes = (1 << bits) // (_SUBCLUSTERS if self.step == 16 else 1)
-        self.end = -(-len(content) // (1 << bits))
         self.table_at = table
         self._header_facts(version, size)
         self._table(0, 1, "header", 0)
