@@ -58,7 +58,8 @@ def plan_of(snapshot: Snapshot) -> BackupPlan | None:
         return None
     name, _, query = snapshot.name.removeprefix(_PREFIX).partition("?")
     bitmaps = dict(parse_qsl(query, errors="surrogateescape"))
-    return BackupPlan(unquote(name, errors="surrogateescape"), bitmaps.get("bitmap"), bitmaps.get("next-bitmap"))
+    pair = (bitmaps["bitmap"], bitmaps["next-bitmap"]) if {"bitmap", "next-bitmap"} <= bitmaps.keys() else ()
+    return BackupPlan(unquote(name, errors="surrogateescape"), *pair)
 
 
 def left_behind(disk: Qcow2Disk, name: str) -> BackupPlan | None:

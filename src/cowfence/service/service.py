@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -310,13 +310,13 @@ class Service:
 
     def end_backup(self, name: str, *, failed: bool, of: str | None = None) -> None:
         """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
-        ``of``: where it is no export any more, since its server died, the export whose image it left something in.
+        ``of``: where it is no export any more, since its server died, the export of which it was a backup (default: any).
 
         Raises Invalid where there is no such backup, or it has clients, and as ``ops.backup.end_backup`` does.
         """
         with self._changing:
             if name not in self.registry:
-                self._end_left_behind(name, self.only_name() if of is None else of, failed=failed)
+                self._end_left_behind(name, [*self._plans] if of is None else [of], failed=failed)
                 return
             backup = self.registry.served(name)
             if not isinstance(backup, Backup):
@@ -328,13 +328,20 @@ class Service:
             if backup.failure is not None:
                 raise backup.failure
 
-    def _end_left_behind(self, name: str, of: str, *, failed: bool) -> None:
-        opened = self.registry.served(of)
-        disk = opened.image if isinstance(opened, OpenedExport) else None
-        plan = left_behind(disk, name) if isinstance(disk, cowfence.Qcow2Disk) else None
-        if plan is None:
-            raise Invalid(f"there is no backup {name!a}, and none is left of it in {of!a}")
-        assert isinstance(disk, cowfence.Qcow2Disk)  # it has left something
+    def _end_left_behind(self, name: str, exports: Sequence[str], *, failed: bool) -> None:
+        found: list[tuple[str, cowfence.Qcow2Disk, BackupPlan]] = []
+        for of in exports:
+            opened = self.registry.served(of)
+            disk = opened.image if isinstance(opened, OpenedExport) else None
+            plan = left_behind(disk, name) if isinstance(disk, cowfence.Qcow2Disk) else None
+            if plan is not None:
+                assert isinstance(disk, cowfence.Qcow2Disk)  # it has a plan
+                found.append((of, disk, plan))
+        if not found:
+            raise Invalid(f"there is no backup {name!a}, and none is left in an image")
+        if len(found) > 1:
+            raise Invalid(f"which export? there are backups {name!a} of {', '.join(repr(of) for of, _, _ in found)}")
+        ((of, disk, plan),) = found
         self._check_no_view_of_backup(name, of)
         end_backup(disk, plan, failed=failed)
 

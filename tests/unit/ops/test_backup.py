@@ -36,6 +36,11 @@ def test_any_other_snapshot_is_of_no_backup() -> None:
     assert plan_of(replace(_SNAPSHOT, name="backup")) is None
 
 
+@pytest.mark.parametrize("end", ["b", "b?bitmap=one", "b?next-bitmap=one&bitmap=", "b?&=&%", "b?bitmap"])
+def test_a_name_that_somebody_else_has_made_is_that_of_a_whole_backup(end: str) -> None:
+    assert plan_of(replace(_SNAPSHOT, name=f"cowfence-backup:{end}")) == BackupPlan("b")
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("extended", [False, True])
 def test_what_has_changed_since_a_snapshot(tmp_path: Path, seed: int, extended: bool) -> None:

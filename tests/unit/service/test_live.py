@@ -132,12 +132,12 @@ def test_one_command_takes_back_a_backup_whose_server_was_killed(image: Path) ->
         with pytest.raises(Invalid, match="is a backup's"):
             server.ctl("snapshot-delete", name=server.ctl("snapshot-list")[0]["name"])
         assert bitmaps(server) == {"mon": (False, False), "tue": (True, True)}
-        with pytest.raises(Invalid, match="none is left"):
+        with pytest.raises(Invalid, match="none is left in an image"):
             server.ctl("backup-end", name="other")
         server.ctl("backup-end", name="t/u?e", failed=True)
         assert bitmaps(server) == {"mon": (True, False)}
         assert server.ctl("snapshot-list") == []
-        with pytest.raises(Invalid, match="none is left"):
+        with pytest.raises(Invalid, match="none is left in an image"):
             server.ctl("backup-end", name="t/u?e", failed=True)
         server.write(3 * MIB + 512 * KIB)
     assert dirty(image, "mon") == [1, 2, 4, 32, 48, 56]
