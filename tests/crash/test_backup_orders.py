@@ -32,7 +32,7 @@ CASES = {
     "killed, and good": f"{_IMAGE} | backup_begin write:35840+512 kill write:512+512 backup_end reopen",
     "whole, of version 2": "v2,c512,r16,t64,aged,raw | backup_begin write:0+1024 kill backup_begin backup_end",
     "whole, with a keeper": "v3,c512,r16,t64,aged,s1,keeper | backup_begin write:0+512 backup_end",
-    "whole, of subclusters": "v3,c65536,r16,t2,s2,aged,extended | backup_begin backup_end",
+    "whole, of subclusters": "v3,c65536,r16,t2,s2,aged,extended | backup_begin",
     "of another disk meanwhile": f"{_IMAGE},s1,diverged | backup_begin snapshot_apply backup_failed reopen",
     "of a longer disk meanwhile": f"{_IMAGE} | backup_begin grow kill backup_failed reopen",
 }
@@ -86,6 +86,14 @@ BROKEN: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: _begin(backup._keep, backup._record_next, backup._stop),
     ),
     "taken back, it only records again": ("backup_begin backup_failed reopen", lambda: _end(_only_enabled, backup._let_go)),
+    "ended, the moment goes before the first bitmap": (
+        "backup_begin backup_end",
+        lambda: _end(backup._let_go, backup._replace),
+    ),
+    "failed, the moment goes before the bitmaps are one": (
+        "backup_begin backup_failed",
+        lambda: _end(backup._let_go, backup._take_back),
+    ),
     "after a kill, what the moment tells is not asked": (
         "backup_begin kill backup_failed reopen",
         lambda: mock.patch.object(Bitmaps, "_mark_changed_since"),
@@ -109,13 +117,13 @@ def test_a_broken_order_is_caught(name: str) -> None:
 
 
 def test_a_moment_that_is_let_go_too_early_is_caught() -> None:
-    """It is read until the end."""
-    case = parse_case(f"{_IMAGE} | backup_begin snapshot_create backup_end")
-
-    def overwritten(*_: object) -> bytes:
-        return b"what the disk holds now"
-
-    with mock.patch("cowfence.crash.runner.Run.snapshot_content", overwritten), pytest.raises(AssertionError, match="moment"):
+    """While somebody may still read it; or it is not what the disk was."""
+    case = parse_case(f"{_IMAGE} | backup_begin backup_end")
+    early = _begin(backup._record_next, backup._keep, backup._stop, backup._let_go)
+    with early, pytest.raises(AssertionError, match="until its end"):
+        record(case)
+    other = mock.patch("cowfence.crash.runner.Run.snapshot_content", return_value=b"what the disk holds now")
+    with other, pytest.raises(AssertionError, match="what the disk was"):
         record(case)
 
 

@@ -329,8 +329,7 @@ def _lived_on(subject: Subject, files: MakeFiles, seen: Seen, guest: bytes) -> l
 def _backed_up(subject: Subject, files: MakeFiles, seen: Seen) -> list[tuple[str, str]]:
     """Where the moment of a backup was kept: it can be taken back, unless its bitmap says that it is not to be trusted; and
     the next backup of that name keeps its own moment."""
-    names = [snapshot[1] for snapshot in seen.structure.facts["snapshots"]]  # type: ignore[attr-defined]
-    if not any(name.startswith(b"cowfence-backup:") for name in names):
+    if not seen.structure.has_moment:
         return []
     copy = files(writable=True)
     image = copy[subject.image]

@@ -284,6 +284,7 @@ def _backup_begin(run: Run, step: Step) -> None:  # noqa: ARG001
                 run.moment = content
         else:
             _write_between(run)
+            assert left_behind(run.disk, _BACKUP) == plan, "the moment of a backup stands until its end"
             return
     except CowfenceError:
         if done:

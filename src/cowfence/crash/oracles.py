@@ -105,7 +105,7 @@ class Bitmaps:
 class Backups:
     """C14: until an incremental backup is known to be good, nothing that changed since the last one is lost. Its two bitmaps,
     where they call themselves true, have all of it together; the first alone has what the moment has; and where the backup is
-    taken back, so has the one that is left."""
+    taken back, so has the one that is left. Once the first has stopped, either the next is true or the moment is there."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
         if seen.error is not None:
@@ -124,7 +124,11 @@ class Backups:
                     lost = _lost(seen, guest, clean, bitmaps)
                     if lost is not None:
                         return lost
-            if not old.records and later in guest.bitmaps:
+            if old.records:
+                continue
+            if not (later in found and found[later].true) and not seen.structure.has_moment:
+                return Verdict("C14", f"what has changed since bitmap {_text(name)} has stopped is not known")
+            if later in guest.bitmaps:
                 moment = guest.changed_sectors(guest.bitmaps[later][-1][0])
                 lost = _lost(Seen(changed=moment, structure=seen.structure), guest, clean, [old])
                 if lost is not None:

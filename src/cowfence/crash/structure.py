@@ -30,6 +30,7 @@ _RAW_DATA: Final = 2
 _SUBCLUSTERS: Final = 32
 _BITMAPS_VALID: Final = 1
 _IN_USE: Final = 1
+_MOMENT: Final = b"cowfence-backup:"
 _AUTO: Final = 2
 
 Touch = Callable[[int, int], None]
@@ -100,6 +101,13 @@ class Structure:
     facts: dict[str, object] = field(default_factory=dict)
     """``size``, ``backing`` (name, format), ``features`` (version, incompatible, compatible, autoclear), ``snapshots``
     ((id, name, size, digest of contents), ...): each is old or new after a crash, never a mix."""
+
+    @property
+    def has_moment(self) -> bool:
+        """Whether one of the snapshots is the moment of a backup."""
+        snapshots = self.facts.get("snapshots", ())
+        assert isinstance(snapshots, tuple)
+        return any(name.startswith(_MOMENT) for _, name, *_ in snapshots)
 
 
 class Place(NamedTuple):
