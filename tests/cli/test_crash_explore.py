@@ -36,7 +36,7 @@ def test_all_suites_within_the_time_and_a_table(capsys: pytest.CaptureFixture[st
     assert entry(["crash", "explore", *QUICK, "--budget", "3", "--model", "power4096"]) == 0
     assert time.monotonic() - began < 8
     out = capsys.readouterr().out
-    for suite in ("one", "nested", "interleaved", "faulted", "two", "three", "walks", "total"):
+    for suite in ("one", "backups", "nested", "interleaved", "faulted", "two", "three", "walks", "total"):
         assert f"\n{suite} " in out
     assert "power4096; seed 0" in out
     assert out.endswith("no violation\n")

@@ -662,6 +662,46 @@ def test_in_the_background_it_still_says_where_it_is(folder: Path) -> None:
     pytest.fail("it did not end")
 
 
+def test_bitmaps_that_no_client_can_say(folder: Path, start: Start) -> None:
+    """Their names may be any bytes: nothing but NBD minds."""
+    name = "b\udcff\n"
+    with cowfence.open(folder / "a", writable=True) as image:
+        image.bitmaps.add(name)
+        image.bitmaps.add("x")
+    for words in (
+        ("info", "a"),
+        ("info", "--output=json", "a"),
+        ("check", "a"),
+        ("check", "--output=json", "a"),
+        ("inspect", "a"),
+        ("measure", "-O", "qcow2", "a"),
+        ("explain", "a", "0"),
+        ("bitmap", "--merge", name, "a", "x"),
+        ("bitmap", "--disable", "--enable", "--output=json", "a", name),
+        ("bitmap", "--extents", "a", name),
+        ("convert", "-O", "qcow2", "--bitmaps", "a", "copy"),
+        ("resize", "a", "9M"),
+    ):
+        done = command(*words, cwd=folder)
+        assert done.stderr == "", words
+    with cowfence.open(folder / "copy") as image:
+        assert [bitmap.name for bitmap in image.bitmaps] == [name, "x"]
+    refused = command("serve", "-k", "sock", "-B", name, "a", cwd=folder, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("is not\n")
+    assert refused.stderr.count("\n") == 1
+    server = start("--control", "control", "a")
+    assert [bitmap["name"] for bitmap in ctl("bitmap-list")] == [name, "x"]
+    assert command("ctl", "-k", "control", "bitmap-list", cwd=folder).stdout.count("\n") == 2
+    listed = json.loads(command("ctl", "-k", "control", "--output=json", "bitmap-list", cwd=folder).stdout)
+    assert [bitmap["name"] for bitmap in listed] == ["b\ufffd\n", "x"]
+    assert command("ctl", "-k", "control", "bitmap-clear", name, cwd=folder).stderr == ""
+    with pytest.raises(CowfenceError, match="UTF-8"):
+        ctl("backup-begin", name="moment", bitmap=name, **{"next-bitmap": "y"})
+    assert [bitmap["name"] for bitmap in ctl("bitmap-list")] == [name, "x"]
+    stop(server)
+
+
 def test_names_that_no_client_can_say(folder: Path, start: Start) -> None:
     """Files and snapshots may be named with any bytes, exports not; sockets may."""
     (folder / "b").rename(folder / "b\udcff")

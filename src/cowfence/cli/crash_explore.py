@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_VIOLATIONS: Final = 2
 _CODES: Final = "exit codes: 0 no violation found, 1 error, 2 violations found"
-_SUITES: Final = ("one", "two", "three", "interleaved", "faulted", "nested", "walks", "all")
+_SUITES: Final = ("one", "two", "three", "interleaved", "faulted", "nested", "backups", "walks", "all")
 _MODELS: Final = ("kill", "power", "power4096")
 _BUDGET_SECONDS: Final = 60.0
 _STOP_AT: Final = 10

@@ -29,7 +29,7 @@ from cowfence.crash.unit import Counts, Found, Settings, Unit, UnitResult, judge
 from cowfence.crash.workloads import SUITES, all_images, covering_images, walks
 from cowfence.errors import CowfenceError, Invalid
 
-ORDER: Final = ("one", "nested", "interleaved", "faulted", "two", "three", "walks")
+ORDER: Final = ("one", "backups", "nested", "interleaved", "faulted", "two", "three", "walks")
 """The suites in the order in which all of them are gone through."""
 UNITS_PER_JOB: Final = 2
 CASES_PER_UNIT: Final = 4

@@ -240,6 +240,8 @@ class Walk:
             guest.begin_bitmap(name)
         elif event == "end" and isinstance(of, int) and of in self._altered:
             guest.end_bitmap(self._altered.pop(of))
+        elif event.startswith("backup."):
+            self._note_backup(event, fields)
         elif event == "reopened":
             data = fields["data"]
             assert isinstance(data, bytes)
@@ -251,6 +253,18 @@ class Walk:
         elif event == "read.end":
             self._judge_read(position, _number(of), fields["data"])
         return iter(())
+
+    def _note_backup(self, event: str, fields: Mapping[str, object]) -> None:
+        guest, bitmap = self.guest, fields["bitmap"]
+        assert isinstance(bitmap, bytes)
+        if event == "backup.begin":
+            next_bitmap = fields["next_bitmap"]
+            assert isinstance(next_bitmap, bytes)
+            guest.begin_backup(bitmap, next_bitmap)
+        elif event == "backup.good":
+            guest.end_backup(bitmap)
+        else:
+            guest.forget_backup(bitmap)
 
     def _judge_read(self, position: int, begin: int, data: object) -> None:
         """C17, C3: what a living guest read is one of its values, too."""

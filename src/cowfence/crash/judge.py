@@ -18,10 +18,12 @@ from typing import Final, NamedTuple, Protocol
 
 from cowfence.crash.device import CrashState, Unit
 from cowfence.crash.images import DATA
-from cowfence.crash.structure import Finding, Structure, inspect
+from cowfence.crash.structure import Bitmap, Finding, Structure, active_digest, inspect
 from cowfence.disk.base import Disk
-from cowfence.errors import CowfenceError
+from cowfence.errors import CowfenceError, Invalid
 from cowfence.extents import Extent
+from cowfence.ops.backup import BackupPlan, begin_backup, end_backup, plan_of
+from cowfence.qcow2.image import Qcow2Disk
 from cowfence.qcow2.repair import Mode, repair
 from cowfence.storage.base import Buffer, Storage, WritableBuffer
 from cowfence.storage.memory import MemoryStorage
@@ -54,6 +56,8 @@ class Seen:
     structure: Structure = field(default_factory=Structure)
     problems: list[tuple[str, str]] = field(default_factory=list)
     """(clause, what) of life after the crash and of repair."""
+    taken_back: list[Bitmap] = field(default_factory=list)
+    """What a backup that was going on has as its bitmap, once it is ended as one that failed."""
 
 
 class _Datum(NamedTuple):
@@ -84,7 +88,7 @@ class _Leaf:
                 value = value[within : within + SECTOR_BYTES]
             if value != before:
                 changed[sector] = value
-        return Seen(seen.error, changed, seen.structure, seen.problems)
+        return Seen(seen.error, changed, seen.structure, seen.problems, seen.taken_back)
 
 
 class _Tracked(MemoryStorage):
@@ -207,6 +211,7 @@ class Judge:
             if not seen.structure.dirty:
                 seen.problems.extend(_repaired(subject, files, seen, guest))
             seen.problems.extend(_lived_on(subject, files, seen, guest))
+            seen.problems.extend(_backed_up(subject, files, seen))
         data = self._data(contents[self._data_file(seen.structure)], guest, seen.structure, passing)
         passed = {datum.sector for datum in data}
         for sector in range(-(-max(len(guest), len(self._before)) // SECTOR_BYTES)):
@@ -318,6 +323,44 @@ def _lived_on(subject: Subject, files: MakeFiles, seen: Seen, guest: bytes) -> l
             return [("C10", "after more writes the guest does not read what it wrote")]
     except CowfenceError as error:
         return [("C10", f"it cannot be worked on: {error}")]
+    return []
+
+
+def _backed_up(subject: Subject, files: MakeFiles, seen: Seen) -> list[tuple[str, str]]:
+    """Where the moment of a backup was kept: it can be taken back, unless its bitmap says that it is not to be trusted; and
+    the next backup of that name keeps its own moment."""
+    if not seen.structure.has_moment:
+        return []
+    copy = files(writable=True)
+    image = copy[subject.image]
+    try:
+        disk = subject.open(copy, writable=True)
+        assert isinstance(disk, Qcow2Disk)
+        plan = next(plan for plan in map(plan_of, disk.snapshots()) if plan is not None)
+        try:
+            end_backup(disk, plan, failed=True)
+        except Invalid as error:
+            held = {bitmap.name: bitmap for bitmap in seen.structure.bitmaps}
+            old = None if plan.bitmap is None else held.get(plan.bitmap.encode())
+            if plan.bitmap is None or (old is not None and not old.in_use):
+                return [("C14", f"a backup cannot be taken back: {error}")]
+            plan = BackupPlan(plan.name)
+        if plan.bitmap is not None:
+            bits = disk.bitmaps.bits_of(plan.bitmap)
+            seen.taken_back.append(Bitmap(plan.bitmap.encode(), bits.granularity_bits, 0, bytes(bits.packed)))
+        begin_backup(disk, plan)
+        moment = active_digest(image.snapshot(), image.touch)
+        for place in _places(disk):
+            disk.write(place, b"after the next moment".ljust(SECTOR_BYTES, b"+"))
+        disk.close()
+        after = inspect(image.snapshot(), image.touch)
+        if after.findings:
+            return [("C10", f"after another backup: {after.findings[0].text}")]
+        kept = [snapshot for snapshot in after.facts["snapshots"] if snapshot[1] == plan.snapshot_name.encode()]  # type: ignore[attr-defined]
+        if [snapshot[-1] for snapshot in kept] != [moment]:
+            return [("C6", "another backup does not have what the disk was when it began")]
+    except CowfenceError as error:
+        return [("C10", f"no other backup can be made: {error}")]
     return []
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from cowfence.units import SECTOR_BYTES
 
@@ -25,6 +25,13 @@ _ANY_NUMBER: Final = 1 << 62
 
 Moment: TypeAlias = "tuple[bytes, Mapping[int, set[bytes]]]"
 """The disk's content, and by sector what else may stand there, for the guest cannot know (a discard)."""
+
+
+class Handover(NamedTuple):
+    """``next_bitmap`` takes over. ``good``: the backup is known to be good, so that the other bitmap may be gone."""
+
+    next_bitmap: bytes
+    good: bool = False
 
 
 @dataclass(slots=True)
@@ -46,6 +53,8 @@ class GuestModel:
     leaks_before: int = 0
     bitmaps: dict[bytes, list[Moment]] = field(default_factory=dict)
     """By name, when the bitmap was last all clean."""
+    backups: dict[bytes, Handover] = field(default_factory=dict)
+    """Of incremental backups that were begun, by the bitmap that has recorded so far."""
     changes: int = 0
     """Grows with each change of what is allowed, so that verdicts can be remembered by it."""
     content: bytearray = field(init=False)
@@ -102,6 +111,21 @@ class GuestModel:
         """It has returned."""
         self.changes += 1
         self.bitmaps[name] = self.bitmaps[name][-1:]
+
+    def begin_backup(self, bitmap: bytes, next_bitmap: bytes) -> None:
+        """An incremental backup begins. ``next_bitmap`` is to have all that changes from the moment on (``begin_bitmap``)."""
+        self.changes += 1
+        self.backups[bitmap] = Handover(next_bitmap)
+
+    def end_backup(self, bitmap: bytes) -> None:
+        """It is known to be good, and about to be ended."""
+        self.changes += 1
+        self.backups[bitmap] = self.backups[bitmap]._replace(good=True)
+
+    def forget_backup(self, bitmap: bytes) -> None:
+        """It has been ended."""
+        self.changes += 1
+        del self.backups[bitmap]
 
     def differing(self, changed: Mapping[int, bytes], clean: list[Moment]) -> Iterator[tuple[int, bytes]]:
         """Sectors, with their bytes, that are as at none of the moments ``clean``."""

@@ -9,9 +9,9 @@ out inside another call (the interleaved model).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.crash.images import secrets
@@ -20,6 +20,8 @@ from cowfence.disk.base import Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.ops.amend import Amendment, amend_disk
+from cowfence.ops.backup import BackupPlan, begin_steps, end_steps, left_behind, plan_of
+from cowfence.ops.backup import Step as BackupStep
 from cowfence.ops.commit import commit_disk
 from cowfence.ops.compact import compact_disk
 from cowfence.ops.rebase import rebase_disk
@@ -32,9 +34,12 @@ from cowfence.units import SECTOR_BYTES, align_up
 
 if TYPE_CHECKING:
     from cowfence.crash.runner import Facts, Run
+    from cowfence.qcow2.bitmaps import Bitmap
 
 
 _MOST_SNAPSHOTS: Final = 3
+_BACKUP: Final = "backup"
+"""The name of the backup that goes on; there is one at most."""
 
 
 class Step(NamedTuple):
@@ -172,7 +177,7 @@ def _flush(run: Run, step: Step) -> None:  # noqa: ARG001
 @operation("bitmap_add")
 def _bitmap_add(run: Run, step: Step) -> None:  # noqa: ARG001
     if run.disk.header.version >= 3:
-        name = f"bitmap{sum(1 for _ in run.disk.bitmaps)}"
+        name = _new_bitmap(run, "bitmap")
         with run.cleaning(name):
             run.disk.bitmaps.add(name, granularity_bytes=512)
 
@@ -180,7 +185,7 @@ def _bitmap_add(run: Run, step: Step) -> None:  # noqa: ARG001
 @operation("bitmap_clear")
 def _bitmap_clear(run: Run, step: Step) -> None:  # noqa: ARG001
     """All that there are, one by one."""
-    for bitmap in [*run.disk.bitmaps]:
+    for bitmap in _bitmaps(run):
         if not bitmap.inconsistent:
             with run.cleaning(bitmap.name):
                 run.disk.bitmaps.clear(bitmap.name)
@@ -189,7 +194,7 @@ def _bitmap_clear(run: Run, step: Step) -> None:  # noqa: ARG001
 @operation("bitmap_toggle")
 def _bitmap_toggle(run: Run, step: Step) -> None:  # noqa: ARG001
     """Disabled and enabled again: it has missed nothing."""
-    for bitmap in [*run.disk.bitmaps]:
+    for bitmap in _bitmaps(run):
         if not bitmap.inconsistent:
             run.disk.bitmaps.disable(bitmap.name)
             run.disk.bitmaps.enable(bitmap.name)
@@ -198,9 +203,21 @@ def _bitmap_toggle(run: Run, step: Step) -> None:  # noqa: ARG001
 @operation("bitmap_remove")
 def _bitmap_remove(run: Run, step: Step) -> None:  # noqa: ARG001
     """The last one, in use by a dead writer or not."""
-    bitmaps = [*run.disk.bitmaps]
+    bitmaps = _bitmaps(run)
     if bitmaps:
         run.disk.bitmaps.remove(bitmaps[-1].name)
+
+
+def _bitmaps(run: Run) -> list[Bitmap]:
+    """Those that no backup is busy with."""
+    plan = left_behind(run.disk, _BACKUP)
+    busy = () if plan is None else (plan.bitmap, plan.next_bitmap)
+    return [bitmap for bitmap in run.disk.bitmaps if bitmap.name not in busy]
+
+
+def _new_bitmap(run: Run, kind: str) -> str:
+    names = [bitmap.name for bitmap in run.disk.bitmaps]
+    return next(name for number in count(len(names)) if (name := f"{kind}{number}") not in names)
 
 
 @operation("reopen")
@@ -250,8 +267,8 @@ def _snapshot_apply(run: Run, step: Step) -> None:  # noqa: ARG001
 
 @operation("snapshot_delete")
 def _snapshot_delete(run: Run, step: Step) -> None:  # noqa: ARG001
-    """One in the middle, where there are three."""
-    snapshots = run.disk.snapshots()
+    """One in the middle, where there are three. Not that of a backup."""
+    snapshots = [snapshot for snapshot in run.disk.snapshots() if plan_of(snapshot) is None]
     if snapshots:
         at = len(snapshots) // 2
         with run.altering() as facts:
@@ -264,6 +281,95 @@ def _snapshot_delete(run: Run, step: Step) -> None:  # noqa: ARG001
 def _lists(facts: Facts) -> tuple[tuple[tuple[object, ...], ...], ...]:
     """The list of the snapshots, before and after."""
     return facts.before["snapshots"], facts.after["snapshots"]  # type: ignore[return-value]
+
+
+@operation("backup_begin")
+def _backup_begin(run: Run, step: Step) -> None:  # noqa: ARG001
+    """Of what has changed, where a bitmap records, else of all. One that goes on, or was left behind, is ended as a failed one
+    before; the guest writes between all alterations."""
+    if run.spec.external:
+        return
+    _backup_failed(run, Step("backup_failed"))
+    if len(run.disk.snapshots()) >= _MOST_SNAPSHOTS:
+        return
+    recording = [bitmap.name for bitmap in run.disk.bitmaps if bitmap.enabled and not bitmap.inconsistent]
+    plan = BackupPlan(_BACKUP, recording[0], _new_bitmap(run, "next")) if recording else BackupPlan(_BACKUP)
+    if recording:
+        run.log.note("backup.begin", **_named(plan))
+    done = 0
+    try:
+        for alteration in begin_steps(plan):
+            _write_between(run)
+            content = run.guest_content()
+            later = plan.next_bitmap if run.moment is None else None
+            with nullcontext() if later is None else run.cleaning(later):
+                if not _altered(run, plan, alteration):
+                    break
+            done += 1
+            if run.moment is None and left_behind(run.disk, _BACKUP) is not None:
+                run.moment = content
+        else:
+            _write_between(run)
+            assert left_behind(run.disk, _BACKUP) == plan, "the moment of a backup stands until its end"
+            return
+    except CowfenceError:
+        if done:
+            _end_backup(run, plan, failed=True)
+        raise
+    _end_backup(run, plan, failed=True)
+
+
+@operation("backup_end")
+def _backup_end(run: Run, step: Step) -> None:  # noqa: ARG001
+    """It was good: what it left is ended, also where its writer was killed."""
+    plan = left_behind(run.disk, _BACKUP)
+    if plan is not None:
+        _end_backup(run, plan, failed=False)
+
+
+@operation("backup_failed")
+def _backup_failed(run: Run, step: Step) -> None:  # noqa: ARG001
+    plan = left_behind(run.disk, _BACKUP)
+    if plan is not None:
+        _end_backup(run, plan, failed=True)
+
+
+def _end_backup(run: Run, plan: BackupPlan, *, failed: bool) -> None:
+    """Its moment is what it was, to its end."""
+    for snapshot in run.disk.snapshots():
+        if snapshot.name == plan.snapshot_name and run.moment is not None:
+            assert run.snapshot_content(snapshot.id) == run.moment, "the moment of a backup is what the disk was"
+    run.moment = None
+    if plan.bitmap is not None and not failed:
+        run.log.note("backup.good", **_named(plan))
+    for alteration in end_steps(plan, failed=failed):
+        _write_between(run)
+        with run.flushing():
+            run.disk.flush()  # where there is nothing to alter, nothing becomes durable by that
+        _altered(run, plan, alteration)
+    if plan.bitmap is not None:
+        run.log.note("backup.over", **_named(plan))
+
+
+def _altered(run: Run, plan: BackupPlan, alteration: BackupStep) -> bool:
+    """Carry a step of a backup out; False where it is refused."""
+    with run.altering():
+        alteration(run.disk, plan)
+        return True
+    return False
+
+
+def _write_between(run: Run) -> None:
+    """The guest writes where it has not written between two alterations: over old data first, then into what was free."""
+    step = Step("write", run.between * run.spec.cluster_bytes % run.disk.size, SECTOR_BYTES)
+    run.between += 1
+    _write(run, step)
+
+
+def _named(plan: BackupPlan) -> dict[str, bytes]:
+    assert plan.bitmap is not None
+    assert plan.next_bitmap is not None
+    return {"bitmap": plan.bitmap.encode(), "next_bitmap": plan.next_bitmap.encode()}
 
 
 @operation("shrink")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from cowfence.crash.judge import Seen
-from cowfence.crash.model import GuestModel
+from cowfence.crash.model import GuestModel, Moment
+from cowfence.crash.structure import Bitmap
 from cowfence.units import SECTOR_BYTES
 
 
@@ -92,19 +94,61 @@ class Bitmaps:
     """C14: a bitmap that calls itself true has every sector that differs from what it was when the bitmap was last clean."""
 
     def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
-        size = seen.structure.facts.get("size", 0)
-        assert isinstance(size, int)
         for bitmap in seen.structure.bitmaps:
             clean = guest.bitmaps.get(bitmap.name)
-            if bitmap.true and clean is not None:
-                for sector, value in guest.differing(seen.changed, clean):
-                    if sector * SECTOR_BYTES < size and not bitmap.covers(sector):
-                        text = bitmap.name.decode("utf-8", "replace")
-                        what = (
-                            f"bitmap {text!a} is valid and does not have guest sector {sector}, now {describe(value, sector)}"
-                        )
-                        return Verdict("C14", what, sector)
+            lost = _lost(seen, guest, clean, [bitmap]) if bitmap.true and clean is not None else None
+            if lost is not None:
+                return lost
         return None
+
+
+class Backups:
+    """C14: until an incremental backup is known to be good, nothing that changed since the last one is lost. Its two bitmaps,
+    where they call themselves true, have all of it together; the first alone has what the moment has; and where the backup is
+    taken back, so has the one that is left. Once the first has stopped, either the next is true or the moment is there."""
+
+    def judge(self, seen: Seen, guest: GuestModel) -> Verdict | None:
+        if seen.error is not None:
+            return None
+        found = {bitmap.name: bitmap for bitmap in seen.structure.bitmaps}
+        for name, (later, good) in guest.backups.items():
+            old, clean = found.get(name), guest.bitmaps.get(name)
+            if old is None and not good:
+                return Verdict("C14", f"bitmap {_text(name)} is gone, and nobody said that its backup is good")
+            if old is None or old.in_use or clean is None:
+                continue
+            pair = [old, found[later]] if later in found else [old]
+            taken_back = [bitmap for bitmap in seen.taken_back if bitmap.name == name]
+            for bitmaps in (pair, taken_back):
+                if bitmaps and not any(bitmap.in_use for bitmap in bitmaps):
+                    lost = _lost(seen, guest, clean, bitmaps)
+                    if lost is not None:
+                        return lost
+            if old.records:
+                continue
+            if not (later in found and found[later].true) and not seen.structure.has_moment:
+                return Verdict("C14", f"what has changed since bitmap {_text(name)} has stopped is not known")
+            if later in guest.bitmaps:
+                moment = guest.changed_sectors(guest.bitmaps[later][-1][0])
+                lost = _lost(Seen(changed=moment, structure=seen.structure), guest, clean, [old])
+                if lost is not None:
+                    return lost
+        return None
+
+
+def _lost(seen: Seen, guest: GuestModel, clean: list[Moment], bitmaps: Sequence[Bitmap]) -> Verdict | None:
+    """A sector that differs from what it was when they were clean, and that none of the bitmaps has."""
+    size = seen.structure.facts.get("size", 0)
+    assert isinstance(size, int)
+    for sector, value in guest.differing(seen.changed, clean):
+        if sector * SECTOR_BYTES < size and not any(bitmap.covers(sector) for bitmap in bitmaps):
+            names = " and ".join(_text(bitmap.name) for bitmap in bitmaps)
+            return Verdict("C14", f"bitmap {names} valid, without guest sector {sector}, now {describe(value, sector)}", sector)
+    return None
+
+
+def _text(name: bytes) -> str:
+    return ascii(name.decode("utf-8", "replace"))
 
 
 def _listed(snapshots: object) -> list[object]:
@@ -133,7 +177,7 @@ class Life:
 
 STRUCTURE: tuple[Oracle, ...] = (Opens(), Sound())
 """Without the guest's contents: what a checker alone would see (control J1)."""
-ALL: tuple[Oracle, ...] = (Opens(), Contents(), Sound(), Facts(), Bitmaps(), Leaks(), Life())
+ALL: tuple[Oracle, ...] = (Opens(), Contents(), Sound(), Facts(), Bitmaps(), Backups(), Leaks(), Life())
 
 
 def describe(value: bytes, sector: int) -> str:

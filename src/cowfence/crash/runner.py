@@ -116,6 +116,10 @@ class Run:
         self.subject = EngineSubject(spec)
         self.log = OpLog()
         self.errors: list[str] = []
+        self.moment: bytes | None = None
+        """What the guest's disk was when the backup that goes on began."""
+        self.between = 0
+        """Writes between the alterations of backups so far."""
         self._serial = 0
         self._interleaving = Interleaving(inside or {})
         self._plan = faults if faults is not None else FaultPlan()

@@ -29,6 +29,9 @@ _EXTENDED_L2: Final = 16
 _RAW_DATA: Final = 2
 _SUBCLUSTERS: Final = 32
 _BITMAPS_VALID: Final = 1
+_IN_USE: Final = 1
+_MOMENT: Final = b"cowfence-backup:"
+_AUTO: Final = 2
 
 Touch = Callable[[int, int], None]
 """(offset, length in bytes): told of every range that the verdict rests on."""
@@ -45,12 +48,26 @@ class Finding(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """A persistent bitmap as it stands. ``true``: it says of itself that it has recorded every write until now."""
+    """A persistent bitmap as it stands."""
 
     name: bytes
     granularity_bits: int
-    true: bool
+    flags: int
     bits: bytes
+
+    @property
+    def true(self) -> bool:
+        """It says of itself that it has recorded every write until now."""
+        return self.records and not self.in_use
+
+    @property
+    def records(self) -> bool:
+        return bool(self.flags & _AUTO)
+
+    @property
+    def in_use(self) -> bool:
+        """It says of itself that it is not to be trusted."""
+        return bool(self.flags & _IN_USE)
 
     def covers(self, sector: int) -> bool:
         """True if the sector is dirty by it."""
@@ -85,6 +102,13 @@ class Structure:
     """``size``, ``backing`` (name, format), ``features`` (version, incompatible, compatible, autoclear), ``snapshots``
     ((id, name, size, digest of contents), ...): each is old or new after a crash, never a mix."""
 
+    @property
+    def has_moment(self) -> bool:
+        """Whether one of the snapshots is the moment of a backup."""
+        snapshots = self.facts.get("snapshots", ())
+        assert isinstance(snapshots, tuple)
+        return any(name.startswith(_MOMENT) for _, name, *_ in snapshots)
+
 
 class Place(NamedTuple):
     """Where a guest cluster's entry stands and what it leads to."""
@@ -106,15 +130,12 @@ def fatal_findings(content: bytes) -> list[str]:
     return [finding.text for finding in inspect(content).findings]
 
 
-def active_digest(content: bytes) -> bytes:
+def active_digest(content: bytes, touch: Touch | None = None) -> bytes:
     """Of what the active disk holds: that of a snapshot which was taken of it now."""
     digest = blake2b(digest_size=16)
     l1_size, l1_offset = struct.unpack_from(">IQ", content, 36)
-    judge = _Judge(content, _untouched)
-    judge.bits = struct.unpack_from(">I", content, 20)[0]
-    judge.version = struct.unpack_from(">I", content, 4)[0]
-    judge.step = _step(content)
-    judge.end = -(-len(content) // (1 << judge.bits))
+    judge = _Judge(content, touch or _untouched)
+    judge.prepare()
     judge.tree(l1_offset, l1_size, "", active=False, data=digest.update)
     return digest.digest()
 
@@ -157,6 +178,14 @@ class _Judge:
         self.copied: dict[int, tuple[str, int]] = {}
         self.tables: dict[int, str] = {}
 
+    def prepare(self) -> None:
+        """Read from the header what entries look like."""
+        self.version, self.bits = (struct.unpack_from(">I", self.content, at)[0] for at in (4, 20))
+        self.step = _step(self.content)
+        self.result.cluster_bytes = 1 << self.bits
+        self.result.data_bytes = (1 << self.bits) // (_SUBCLUSTERS if self.step == 16 else 1)
+        self.end = -(-len(self.content) // (1 << self.bits))
+
     def judge(self) -> Structure:
         content = self.content
         self.touch(0, 112)
@@ -167,14 +196,11 @@ class _Judge:
             ">IQIIQIIQQIIQ", content, 4
         )
         order = struct.unpack_from(">I", content, 96)[0] if version >= 3 else 4
-        self.bits, self.order, self.version = bits, order, version
-        self.step = _step(content)
+        self.order = order
+        self.prepare()
         self.result.external = version >= 3 and bool(content[79] & _DATA_FILE)
         self.result.raw = self.result.external and bool(content[95] & _RAW_DATA)
         self.result.encrypted = struct.unpack_from(">I", content, 32)[0] != 0
-        self.result.cluster_bytes = 1 << bits
-        self.result.data_bytes = (1 << bits) // (_SUBCLUSTERS if self.step == 16 else 1)
-        self.end = -(-len(content) // (1 << bits))
         self.table_at = table
         self._header_facts(version, size)
         self._table(0, 1, "header", 0)
@@ -278,7 +304,7 @@ class _Judge:
                     bits += content[host : host + cluster_bytes].ljust(cluster_bytes, b"\0")
                 else:
                     bits += (b"\xff" if word & 1 else b"\0") * cluster_bytes
-            self.result.bitmaps.append(Bitmap(name, granularity, flags & 3 == 2, bits))
+            self.result.bitmaps.append(Bitmap(name, granularity, flags, bits))
             at = at + 24 + extra + name_length + 7 & ~7
 
     def _find(self, text: str, pointer_at: int | None = None, target_at: int | None = None, name: str = "") -> None:

@@ -238,6 +238,21 @@ def nested(images: Sequence[ImageSpec]) -> Iterator[Case]:
                     yield Case(image, script, nested=Nested(position, repair))
 
 
+def backups(images: Sequence[ImageSpec]) -> Iterator[Case]:
+    """A backup during which any of the covering operations is carried out, flushed or not: ended, failed, and begun again after
+    a kill. Incremental where the image can have bitmaps."""
+    begin, end, failed, kill, reopen = map(Step, ("backup_begin", "backup_end", "backup_failed", "kill", "reopen"))
+    for image in images:
+        if image.external or image.refcount_bits == 1:
+            continue
+        before = (Step("bitmap_add"),) if image.version >= 3 and not image.bitmap else ()
+        for step in covering_steps(image):
+            yield Case(image, (*before, begin, step, end, reopen))
+            yield Case(image, (*before, begin, step, FLUSH, failed, reopen))
+            yield Case(image, (*before, begin, step, kill, begin, step, FLUSH, end, reopen))
+            yield Case(image, (*before, begin, step, FLUSH, kill, failed, reopen))
+
+
 def walk(seed: int, length: int = 60, *, only: Collection[str] | None = None) -> Case:
     """A random walk: a long mixed script on a small image, with operations inside calls. ``only``: of these operations."""
     known = {name: operation for name, operation in OPERATIONS.items() if only is None or name in only}
@@ -280,5 +295,6 @@ SUITES: Final = {
     "interleaved": interleaved,
     "faulted": faulted,
     "nested": nested,
+    "backups": backups,
 }
 """By name, the workloads that are made from images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Final
 
 from cowfence.disk.base import Disk
@@ -36,6 +37,9 @@ class Export:
     clients: frozenset[str] | None = None
     steady: SteadyFile | None = None
     stats: Stats = field(default_factory=Stats)
+    held: Event = field(default_factory=Event)
+    """Set while its disk is made another one: no client gets it then. Only the serving thread sets it (``Server.call``), when
+    there is none."""
 
     @property
     def writable(self) -> bool:
@@ -85,6 +89,7 @@ class ExportTable(Mapping[str, ExportInfo]):
             export.description,
             preferred_block_bytes=min(max(preferred_bytes, 4 * KIB), 2 * MIB),
             contexts=export.contexts,
+            held=export.held.is_set(),
         )
 
     def _may_use(self, export: Export) -> bool:

@@ -152,8 +152,8 @@ class ServerHandshake(Negotiation):
         if self._needs_tls:
             raise ProtocolError("an export was asked for without TLS")
         export = None if self.stopping else self._find(name)
-        if export is None:
-            raise ProtocolError("no such export")
+        if export is None or export.held:
+            raise ProtocolError(_why_not(export))
         agreed = self._agree(export)
         self._say(EXPORT_SIZE_FLAGS.pack(export.size_bytes, agreed.export.flags))
         if padded:
@@ -228,8 +228,8 @@ class ServerHandshake(Negotiation):
     def _info_or_go(self, option: int, data: bytes) -> None:
         query = InfoQuery.decode(data)
         export = self._find(query.name)
-        if export is None:
-            self._reply_error(option, Rep.ERR_UNKNOWN, "no such export")
+        if export is None or export.held:
+            self._reply_error(option, Rep.ERR_UNKNOWN, _why_not(export))
             return
         agreed = self._agree(export)
         self._reply(option, Rep.INFO, InfoExport(export.size_bytes, agreed.export.flags).encode())
@@ -252,8 +252,8 @@ class ServerHandshake(Negotiation):
             raise ProtocolError("metadata contexts need structured replies")
         query = MetaQuery.decode(data)
         export = self._find(query.name)
-        if export is None:
-            self._reply_error(option, Rep.ERR_UNKNOWN, "no such export")
+        if export is None or export.held:
+            self._reply_error(option, Rep.ERR_UNKNOWN, _why_not(export))
             return
         # A bare namespace is a wildcard for listing and selects nothing; no queries list everything and select nothing.
         wanted, wildcards = set(query.queries), tuple(text for text in query.queries if text in _WILDCARDS)
@@ -277,3 +277,8 @@ class ServerHandshake(Negotiation):
         Option.LIST_META_CONTEXT: _meta_context,
         Option.SET_META_CONTEXT: _meta_context,
     }
+
+
+def _why_not(export: ExportInfo | None) -> str:
+    """The protocol has one error for both: "the requested export is not available"."""
+    return "no such export" if export is None else "the export is being changed; try again"

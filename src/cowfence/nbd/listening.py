@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -98,3 +100,45 @@ def listen_on(sock: socket.socket) -> Listener:
         address = NbdUri(host=name[0], port=name[1])
     sock.setblocking(False)
     return Listener(sock, address)
+
+
+class Entrance:
+    """A server's sockets, ``open`` or shut together: whether ``epoll`` watches them. ``addresses``: where clients find them,
+    in the order in which they were added. ``handlers``: who is told what ``epoll`` finds, by descriptor.
+
+    ``knocked``: those at which somebody waits. To be let in when a round of the loop is over: a new connection could get the
+    number of one that was closed in it, and with it an event that was meant for that one.
+    """
+
+    def __init__(self, epoll: select.epoll, handlers: dict[int, Callable[[int], None]]) -> None:
+        self.open = False
+        self.addresses: list[NbdUri] = []
+        self.knocked: list[socket.socket] = []
+        self._epoll = epoll
+        self._handlers = handlers
+        self._listeners: list[Listener] = []
+
+    def add(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+        self.addresses.append(listener.address)
+        self._handlers[listener.sock.fileno()] = lambda _events: self.knocked.append(listener.sock)
+        if self.open:
+            self._epoll.register(listener.sock, select.EPOLLIN)
+
+    def set_open(self, wanted: bool) -> None:
+        if wanted == self.open:
+            return
+        self.open = wanted
+        for listener in self._listeners:
+            if wanted:
+                self._epoll.register(listener.sock, select.EPOLLIN)
+            else:
+                self._epoll.unregister(listener.sock)
+
+    def close(self) -> None:
+        """For good."""
+        self.set_open(False)
+        for listener in self._listeners:
+            self._handlers.pop(listener.sock.fileno(), None)
+            listener.close()
+        self._listeners.clear()

@@ -30,7 +30,7 @@ Script: TypeAlias = Generator[int, bytes, None]
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
     """What a client may know of an export. Sizes in bytes; ``flags`` without those that the negotiation adds. ``contexts``: the
-    names of its metadata contexts, whose ids are their places from 1 on."""
+    names of its metadata contexts, whose ids are their places from 1 on. ``held``: for now nobody gets it."""
 
     name: str
     size_bytes: int
@@ -40,6 +40,7 @@ class ExportInfo:
     preferred_block_bytes: int = 4096
     maximum_block_bytes: int = PAYLOAD_MAX_BYTES
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

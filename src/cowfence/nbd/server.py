@@ -40,7 +40,7 @@ from cowfence.nbd import listening
 from cowfence.nbd.connection import Connection, Limits
 from cowfence.nbd.export import Export, ExportTable
 from cowfence.nbd.handshake import ServerHandshake, Tls
-from cowfence.nbd.listening import Listener
+from cowfence.nbd.listening import Entrance, Listener
 from cowfence.nbd.messages import ProtocolError
 from cowfence.nbd.tls import TlsSession
 from cowfence.nbd.transmission import (
@@ -100,9 +100,7 @@ class Server:
         self._bell = Bell()
         self._epoll.register(self._bell.fd, select.EPOLLIN)
         self._handlers: dict[int, Callable[[int], None]] = {self._bell.fd: self._on_bell}
-        self._listeners: list[Listener] = []
-        self._accepting = False
-        self._addresses: list[NbdUri] = []
+        self._entrance = Entrance(self._epoll, self._handlers)
         self._connections: dict[int, Connection] = {}
         self._negotiating: deque[Connection] = deque()
         self._pools = Pools(self._limits.workers, self._bell)
@@ -134,32 +132,29 @@ class Server:
         self._add_listener(listening.listen_on(sock))
 
     def _add_listener(self, listener: Listener) -> None:
-        self._listeners.append(listener)
-        self._addresses.append(listener.address)
-        self._handlers[listener.sock.fileno()] = lambda _events: self._on_connect(listener.sock)
-        if self._accepting:
-            self._epoll.register(listener.sock, select.EPOLLIN)
-        else:
-            self._accept(wanted=True)
+        self._entrance.add(listener)
+        self._accept(wanted=True)
 
     def uri(self, export: str = "") -> str:
         """The NBD URI of an export at the first address listened at. Raises ``Invalid`` before that."""
-        if not self._addresses:
+        if not self._entrance.addresses:
             raise Invalid("the server does not listen yet")
-        first = self._addresses[0]
+        first = self._entrance.addresses[0]
         return str(NbdUri(export, first.host, first.port, first.socket_path, tls=self._tls is not None))
 
     # --- the loop ---
 
     def serve_forever(self) -> None:
         """Serve until ``stop``; then everything is closed and the server cannot be used again."""
-        poll, handlers = self._epoll.poll, self._handlers
+        poll, handlers, knocked = self._epoll.poll, self._handlers, self._entrance.knocked
         try:
             while not self._finished():
                 for fd, events in poll(self._timeout_seconds()):
                     handler = handlers.get(fd)
                     if handler is not None:  # else closed by an earlier event of this round
                         handler(events)
+                while knocked:
+                    self._on_connect(knocked.pop())
                 if self._negotiating or self._stop_wanted or self._next_idle_look != math.inf:
                     self._look_at_clock()
         finally:
@@ -167,8 +162,7 @@ class Server:
 
     def drain(self) -> None:
         """No new clients; stop when the last one has left. In the serving thread (``call``)."""
-        self._accept(wanted=False)
-        self._close_listeners()
+        self._entrance.close()
         self._until_unused = self._used = True
         if not self._connections:
             self.stop()
@@ -226,8 +220,7 @@ class Server:
 
     def _begin_stop(self) -> None:
         self._stop_deadline = time.monotonic() + self._limits.stop_seconds
-        self._accept(wanted=False)
-        self._close_listeners()
+        self._entrance.close()
         for connection in list(self._connections.values()):
             if connection.transmission is None:
                 self._drop(connection, "the server is stopping")
@@ -237,12 +230,6 @@ class Server:
                 connection.leaving = True
                 self._settle(connection)
 
-    def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            self._handlers.pop(listener.sock.fileno(), None)
-            listener.close()
-        self._listeners.clear()
-
     def close(self) -> None:
         """Close everything at once; for a server that never came to ``serve_forever``, which does it at its end."""
         with self._calling:
@@ -251,7 +238,7 @@ class Server:
             self._closed = True
         while self._calls:
             self._calls.popleft()()
-        self._close_listeners()
+        self._entrance.close()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server has ended")
         self._pools.close()
@@ -260,17 +247,10 @@ class Server:
     # --- connections ---
 
     def _accept(self, *, wanted: bool) -> None:
-        if wanted == self._accepting or (wanted and self._stop_wanted):
-            return
-        self._accepting = wanted
-        for listener in self._listeners:
-            if wanted:
-                self._epoll.register(listener.sock, select.EPOLLIN)
-            else:
-                self._epoll.unregister(listener.sock)
+        self._entrance.set_open(wanted and not self._stop_wanted)
 
     def _on_connect(self, listener: socket.socket) -> None:
-        while self._accepting:
+        while self._entrance.open:
             if len(self._connections) >= self._limits.connections:
                 self._accept(wanted=False)
                 return

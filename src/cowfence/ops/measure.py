@@ -106,5 +106,5 @@ def _bitmaps_bytes(source: Disk | None, geometry: Geometry) -> int | None:
         bits = div_up(source.size, bitmap.granularity_bytes)
         clusters = div_up(div_up(bits, 8), geometry.cluster_bytes)
         total += clusters * geometry.cluster_bytes + align_up(clusters * 8, geometry.cluster_bytes)
-        directory += align_up(24 + len(bitmap.name.encode()), 8)
+        directory += align_up(24 + len(bitmap.name.encode("utf-8", "surrogateescape")), 8)
     return total + align_up(directory, geometry.cluster_bytes)

@@ -1,8 +1,9 @@
 """Persistent dirty bitmaps: which parts of the disk were written to since some moment (crash contract, C14).
 
 While the disk is open for writing, the bits of an enabled bitmap live in memory, and on disk the bitmap is marked *in use*:
-after a crash nobody trusts it. The mark is durable before the first change of guest data (R11); closing well stores the bits
-and takes the mark away. A disabled bitmap records nothing, so it stays valid all the time.
+after a crash nobody trusts it. The mark is durable before the first change of guest data (R11); closing well stores the bits,
+where they are other than those on disk, and takes the mark away. A disabled bitmap records nothing, so it stays valid all the
+time.
 
 Every change of the set of bitmaps, and both of these steps, are one transaction:
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol, TypeVar
 
-from cowfence.errors import Corrupt, Invalid, ReadOnly, Unsupported
+from cowfence.errors import Corrupt, CowfenceError, Invalid, ReadOnly, Unsupported
 from cowfence.qcow2.alteration import Alteration
 from cowfence.qcow2.bitmap_directory import (
     AUTO,
@@ -37,6 +38,8 @@ from cowfence.qcow2.extensions import Autoclear, BitmapsPointer, ExtensionType, 
 from cowfence.qcow2.geometry import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_HOST_BITS, OFFSET_MASK, TABLE_ENTRY_BYTES
 from cowfence.qcow2.header import Header
 from cowfence.qcow2.header_change import switch_header, with_extension
+from cowfence.qcow2.since import changed_since
+from cowfence.qcow2.snapshot_table import find_snapshot, read_snapshots
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Kind
 from cowfence.qcow2.transaction import Stage
@@ -224,6 +227,57 @@ class Bitmaps:
 
         self._replace(name, merged)
 
+    def resume(self, name: str, later: str, moment: str) -> None:
+        """It records again as if it had never stopped, and ``later``, which has recorded instead, is removed; both at once.
+
+        Where ``later`` is missing or inconsistent, what is not as it was in the snapshot ``moment`` (by id or name) counts as
+        changed. Raises Invalid where there is none, with nothing changed.
+        """
+        stored, other = self._find(name).entry.name, _stored_name(later)
+        self._bits(self._find(name))
+
+        def resumed(held: dict[bytes, _Held]) -> dict[bytes, _Held]:
+            old = self._bits(held[stored])
+            bits = DirtyBits(old.granularity_bits, old.size_bytes, old.packed)
+            if other in held and held[other].usable:
+                bits.merge(self._bits(held[other]))
+            else:
+                self._mark_changed_since(moment, bits)
+            left = {found: one for found, one in held.items() if found != other}
+            entry = left[stored].entry
+            left[stored] = _Held(entry._replace(flags=entry.flags | AUTO), bits, stored=False)
+            return left
+
+        self._change(resumed)
+
+    def hand_over(self, name: str, later: str, moment: str) -> None:
+        """It is removed, if it is there, and ``later`` goes on alone; both at once.
+
+        Where ``later`` is inconsistent, it records again, and has what is not as it was in the snapshot ``moment`` (by id or
+        name). Raises Invalid where there is none, with nothing changed.
+        """
+        stored, other = _stored_name(name), _stored_name(later)
+
+        def handed_over(held: dict[bytes, _Held]) -> dict[bytes, _Held]:
+            left = {found: one for found, one in held.items() if found != stored}
+            if other in left and left[other].inconsistent and _usable(left[other].entry):
+                entry = left[other].entry
+                bits = DirtyBits(entry.granularity_bits, self._state.size)
+                self._mark_changed_since(moment, bits)
+                left[other] = _Held(entry._replace(flags=entry.flags | AUTO), bits, stored=False)
+            return left
+
+        self._change(handed_over)
+
+    def _mark_changed_since(self, moment: str, bits: DirtyBits) -> None:
+        header = self._state.header
+        snapshots = read_snapshots(self._state.storage, header) if header.snapshot_count else ()
+        snapshot = find_snapshot(snapshots, moment)
+        if snapshot is None:
+            raise Invalid(f"{self._state.storage.name}: there is no snapshot {moment!a}")
+        for offset, length_bytes in changed_since(self._state, snapshot):
+            bits.mark(offset, min(length_bytes, bits.size_bytes - offset))
+
     def bits_of(self, name: str) -> DirtyBits:
         """A copy of a bitmap's bits, to be merged into another. Raises Invalid."""
         held = self._find(name)
@@ -294,8 +348,9 @@ class Bitmaps:
                 entry = entry._replace(flags=entry.flags & ~IN_USE)
             # The bits of one in use on disk are worth nothing; only its table has to be there.
             was_recording = bool(held.entry.flags & IN_USE) and not held.inconsistent
-            fresh = not entry.table_entries or (not entry.flags & IN_USE and (was_recording or not held.stored))
-            payloads.append(_Payload(self._state, held.bits) if fresh and held.bits is not None else None)
+            wanted = not entry.flags & IN_USE and (was_recording or not held.stored)
+            bits = held.bits if wanted or not entry.table_entries else None
+            payloads.append(None if bits is None or _stands(self._state, entry, bits) else _Payload(self._state, bits))
             entries.append(entry)
         stored = alteration.transaction(lambda: _enter(self._state, entries, payloads))
         for held, entry, payload in zip(held_now, stored, payloads, strict=True):
@@ -428,6 +483,16 @@ def _read_bits(state: State, entry: BitmapEntry) -> DirtyBits:
         else:
             packed += (b"\xff" if word & _ALL_ONES else b"\0") * cluster_bytes
     return DirtyBits(entry.granularity_bits, state.size, packed)
+
+
+def _stands(state: State, entry: BitmapEntry, bits: DirtyBits) -> bool:
+    """Whether a bitmap's bits are those on disk already. These are durable: they were, before any entry led to them."""
+    if not entry.table_entries:
+        return False
+    try:
+        return _read_bits(state, entry).packed == bits.packed
+    except CowfenceError:
+        return False
 
 
 def _table_clusters(state: State, entry: BitmapEntry) -> range:

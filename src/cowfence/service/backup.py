@@ -1,98 +1,79 @@
-"""A live disk as it was at one moment, while it goes on being written.
+"""Exports of a live disk as it was at one moment, while it goes on being written: of a backup, and of internal snapshots.
 
-An internal snapshot is taken, which is one transaction, and exported read-only. From then on every cluster that the guest
-overwrites is copied first, as for any snapshot. At the end the snapshot is deleted, again in one transaction. If the server is
-killed meanwhile, the snapshot is still there, and costs nothing but space: the next backup of that name deletes it.
-
-Incremental backups: a bitmap that records is replaced by a new one, which records from before the snapshot on; the old one
-stops after it, and tells what has changed up to the moment. It stays until the backup is known to be good: if it is not, both
-become one again (``take_back``), and nothing is lost.
+What a backup keeps, and in which order: see ``ops.backup``. If the server ends before the backup does, it counts as one that
+failed.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final
 
 import cowfence
 from cowfence.chain import open_chain
 from cowfence.disk.opener import Refs, printable
-from cowfence.errors import Invalid, Unsupported
+from cowfence.errors import CowfenceError, Invalid, Unsupported
 from cowfence.nbd.export import Export
-from cowfence.ops.snapshot import create_snapshot, delete_snapshot
+from cowfence.ops.backup import BackupPlan, begin_backup, end_backup
 from cowfence.qcow2.encryption import Secrets
 from cowfence.qcow2.snapshot_table import Snapshot
 from cowfence.storage.file import FileStorage
 
-BACKUP_PREFIX: Final = "cowfence-backup:"
-
 
 class Backup:
-    """An export of ``disk``, the open image at ``path``, as it is now. ``bitmap``: what it has recorded is told with it, and it
-    records no more; ``next_bitmap`` begins to record. ``clients``: see ``Export``.
+    """An export of ``disk``, the open image at ``path``, as it is now. What the plan's bitmap has recorded is told with it.
+    ``clients``: see ``Export``.
 
-    Raises Unsupported for images that cannot have snapshots, and as ``create_snapshot`` and ``Bitmaps`` do; then no backup has
-    begun.
+    Raises Unsupported for images that cannot have snapshots, and as ``begin_backup`` does; then no backup has begun.
     """
 
     def __init__(
         self,
-        name: str,
+        plan: BackupPlan,
         disk: cowfence.Qcow2Disk | cowfence.RawDisk,
         path: str,
         *,
         refs: Refs | None = None,
         secrets: Secrets | None = None,
         assume_backing_format: str | None = None,
-        bitmap: str | None = None,
-        next_bitmap: str | None = None,
         clients: frozenset[str] | None = None,
     ) -> None:
         if not isinstance(disk, cowfence.Qcow2Disk):
             raise Unsupported(printable(path), "a backup of a moment of a raw image, which has no snapshots")
-        if (bitmap is None) != (next_bitmap is None):
-            raise Invalid("an incremental backup needs a bitmap, and the name of the next one")
-        self.disk = disk
-        self.bitmap, self.next_bitmap = bitmap, next_bitmap
-        self._snapshot = BACKUP_PREFIX + name
-        self._end()  # what a backup of this name left when its server was killed
-        # What is written until both are done stands in both bitmaps: more is copied than has to be, never less.
-        if bitmap is not None and next_bitmap is not None:
-            _begin_next(disk, bitmap, next_bitmap)
+        self.disk, self.plan = disk, plan
+        self.failed = True
+        """What it counts as when it is closed."""
+        self.failure: CowfenceError | None = None
+        """What closing it raised."""
+        begin_backup(disk, plan)
         view: cowfence.Qcow2Disk | None = None
         try:
-            create_snapshot(disk, self._snapshot)
-            if bitmap is not None:
-                disk.bitmaps.disable(bitmap)
             view = open_moment(
-                disk, path, self._snapshot, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
+                disk, path, plan.snapshot_name, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
             )
-            ranges = None if bitmap is None else disk.bitmaps.bits_of(bitmap).ranges
+            bitmaps = {} if plan.bitmap is None else {plan.bitmap: disk.bitmaps.bits_of(plan.bitmap).ranges}
         except BaseException:
             if view is not None:
                 view.close()
-            self._end()
-            if bitmap is not None and next_bitmap is not None:
-                take_back(disk, bitmap, next_bitmap)
+            end_backup(disk, plan, failed=True)
             raise
         self._view = view
         self.export = Export(
             self._view,
             read_only=True,
-            description=f"as it was when the backup {name} began",
-            bitmaps={} if bitmap is None or ranges is None else {bitmap: ranges},
+            description=f"as it was when the backup {plan.name} began",
+            bitmaps=bitmaps,
             allocation_depth=True,
             clients=clients,
         )
 
-    def _end(self) -> None:
-        if self.disk.writable and any(snapshot.name == self._snapshot for snapshot in self.disk.snapshots()):
-            delete_snapshot(self.disk, self._snapshot)
-
     def close(self) -> None:
-        """Nothing of the moment is kept any more. Raises what deleting the snapshot raises."""
+        """Nothing of the moment is kept any more. Raises as ``end_backup`` does."""
         self._view.close()
-        self._end()
+        try:
+            end_backup(self.disk, self.plan, failed=self.failed)
+        except CowfenceError as error:
+            self.failure = error
+            raise
 
 
 class Moment:
@@ -146,20 +127,3 @@ def open_moment(
         view.close()
         raise Invalid(f"{printable(path)}: another file stands there now")
     return view
-
-
-def _begin_next(disk: cowfence.Qcow2Disk, old: str, new: str) -> None:
-    """``new`` records what ``old`` does. Raises Invalid where that does not record."""
-    held = next((bitmap for bitmap in disk.bitmaps if bitmap.name == old), None)
-    if held is None:
-        raise Invalid(f"Dirty bitmap '{old}' not found")
-    if not held.enabled:
-        raise Invalid(f"bitmap {old!a} does not record")
-    disk.bitmaps.add(new, granularity_bytes=held.granularity_bytes)
-
-
-def take_back(disk: cowfence.Qcow2Disk, old: str, new: str) -> None:
-    """A backup did not come to be: ``old`` records again, all that ``new`` has recorded too, which is removed."""
-    disk.bitmaps.enable(old)
-    disk.bitmaps.merge(old, [disk.bitmaps.bits_of(new)])
-    disk.bitmaps.remove(new)

@@ -190,6 +190,12 @@ def is_export_name(name: str) -> bool:
     return True
 
 
+def check_bitmap_name(name: str) -> None:
+    """Raises Invalid for a bitmap that no client can ask for."""
+    if not is_export_name(name):
+        raise Invalid(f"the name of a bitmap that clients ask for is UTF-8, which {name!a} is not")
+
+
 def _check(spec: ExportSpec) -> None:
     name = printable(spec.path)
     if not is_export_name(spec.name):
@@ -222,6 +228,7 @@ def _bitmaps(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> 
         assert isinstance(image, cowfence.Qcow2Disk)  # since _check
         if all(bitmap.name != name for bitmap in image.bitmaps):
             raise Invalid(f"Bitmap '{name}' is not found")
+        check_bitmap_name(name)
         image.bitmaps.bits_of(name)  # raises where it is inconsistent
         found[name] = lambda offset, end, name=name: image.bitmaps.bits_of(name).ranges(offset, end)  # type: ignore[misc]
     return found

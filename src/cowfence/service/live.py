@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import cowfence
 from cowfence.errors import Invalid
+from cowfence.ops.backup import BackupPlan, plan_of
 from cowfence.ops.check import check_storage
 from cowfence.ops.commit import commit_disk
 from cowfence.ops.resize import resize_disk
 from cowfence.ops.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 from cowfence.qcow2.describe import snapshot_dict
-from cowfence.service.backup import BACKUP_PREFIX, Moment
+from cowfence.service.backup import Moment
 from cowfence.service.control import Command, Fields, qcow2_of
 from cowfence.service.exports import OpenedExport
-from cowfence.service.registry import left_alone
 
 if TYPE_CHECKING:
     from cowfence.service.service import Service
@@ -103,9 +103,8 @@ class LiveCommands:
         name, opened = self._image(fields)
         disk, which = qcow2_of(opened.image, name), fields.text("name")
         fields.end()
-        if not left_alone(opened.export):
-            raise Invalid(f"the export {name!a} has clients, whose disk would become another one under them")
-        return snapshot_dict(apply_snapshot(disk, which))
+        with self._service.without_clients(name):
+            return snapshot_dict(apply_snapshot(disk, which))
 
     def _snapshot_delete(self, request: Mapping[str, Any]) -> object:
         fields = Fields(request)
@@ -118,7 +117,7 @@ class LiveCommands:
                 continue
             if snapshot.id in exported:
                 raise Invalid(f"the snapshot {snapshot.name!a} is exported")
-            if snapshot.name.startswith(BACKUP_PREFIX):
+            if plan_of(snapshot) is not None:
                 raise Invalid(f"the snapshot {snapshot.name!a} is a backup's (backup-end)")
         return snapshot_dict(delete_snapshot(disk, which))
 
@@ -201,16 +200,16 @@ class LiveCommands:
         fields = Fields(request)
         name, opened = self._image(fields)
         backup_name = fields.text("name")
-        bitmap, next_bitmap = fields.optional_text("bitmap"), fields.optional_text("next-bitmap")
+        plan = BackupPlan(backup_name, fields.optional_text("bitmap"), fields.optional_text("next-bitmap"))
         fields.end()
-        self._service.begin_backup(backup_name, name, opened, bitmap=bitmap, next_bitmap=next_bitmap)
+        self._service.begin_backup(plan, name, opened)
         return {"export": backup_name}
 
     def _backup_end(self, request: Mapping[str, Any]) -> object:
         fields = Fields(request)
-        backup_name, failed = fields.text("name"), fields.flag("failed")
+        backup_name, failed, of = fields.text("name"), fields.flag("failed"), fields.optional_text("export")
         fields.end()
-        self._service.end_backup(backup_name, failed=failed)
+        self._service.end_backup(backup_name, failed=failed, of=of)
         return None
 
     # --- the server ---

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -16,10 +16,11 @@ import cowfence
 from cowfence.disk.opener import Refs
 from cowfence.errors import CowfenceError, Invalid
 from cowfence.nbd.server import Server
-from cowfence.service.backup import Backup, Moment, take_back
+from cowfence.ops.backup import BackupPlan, end_backup, left_behind, plan_of
+from cowfence.service.backup import Backup, Moment
 from cowfence.service.config import ExportPlan, ServerSettings, ServiceConfig, check_config
 from cowfence.service.control import ControlServer
-from cowfence.service.exports import OpenedExport, is_export_name
+from cowfence.service.exports import OpenedExport, check_bitmap_name, is_export_name
 from cowfence.service.registry import Registry, Served, left_alone
 
 if TYPE_CHECKING:
@@ -239,6 +240,25 @@ class Service:
                 raise failed
             return {"added": new, "removed": removed, "in-use": in_use}
 
+    @contextmanager
+    def without_clients(self, name: str) -> Iterator[None]:
+        """An export has no clients, and none comes in until the end: who tries is told to try again. Raises Invalid where it
+        has some."""
+        with self._changing:
+            export = self.registry.served(name).export
+
+            def hold() -> None:
+                if export.stats.clients:
+                    raise Invalid(f"the export {name!a} has clients, whose disk would become another one under them")
+                export.held.set()
+
+            left_alone(export)
+            self._in_server(hold)
+            try:
+                yield
+            finally:
+                export.held.clear()
+
     def views_of(self, name: str) -> list[tuple[str, Backup | Moment]]:
         """The backups and snapshots of an export that are exported themselves."""
         opened = self.registry.served(name)
@@ -257,52 +277,78 @@ class Service:
         last = self.registry.remove(name)
         return closing if used else [*closing, last]
 
-    def begin_backup(
-        self, name: str, of: str, opened: OpenedExport, *, bitmap: str | None = None, next_bitmap: str | None = None
-    ) -> None:
-        """Export ``of`` as it is now, under ``name``. Raises as ``Backup`` does, and Invalid where the name is taken."""
+    def begin_backup(self, backup_plan: BackupPlan, of: str, opened: OpenedExport) -> None:
+        """Export ``of`` as it is now, under the backup's name. Raises as ``Backup`` does, and Invalid where it is taken."""
+        name = backup_plan.name
         with self._changing:
             if name in self.registry:
                 raise Invalid(f"there is an export {name!a} already")
             if not is_export_name(name):
                 raise Invalid(f"the name of an export is UTF-8, which {name!a} is not")
+            for bitmap in (backup_plan.bitmap, backup_plan.next_bitmap):
+                if bitmap is not None:
+                    check_bitmap_name(bitmap)
+            self._check_no_view_of_backup(name, of)
             plan = self._plans[of]
             secrets = self._secrets if plan.secret_file is None else _of_file(plan.secret_file)
             backup = Backup(
-                name,
+                backup_plan,
                 opened.image,
                 plan.spec.path,
                 refs=policy_of(plan),
                 secrets=secrets,
                 assume_backing_format=plan.spec.assume_backing_format,
-                bitmap=bitmap,
-                next_bitmap=next_bitmap,
                 clients=plan.spec.clients,
             )
             self.registry.add(name, backup)
 
-    def end_backup(self, name: str, *, failed: bool) -> None:
-        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
+    def _check_no_view_of_backup(self, name: str, of: str) -> None:
+        """Raises Invalid where the moment that a backup of this name left behind is exported like any snapshot."""
+        for other, view in self.views_of(of):
+            if isinstance(view, Moment) and (found := plan_of(view.snapshot)) is not None and found.name == name:
+                raise Invalid(f"the moment of the backup {name!a} is exported as {other!a}")
 
-        Raises Invalid where there is no such backup, or it has clients, and what the bitmaps raise.
+    def end_backup(self, name: str, *, failed: bool, of: str | None = None) -> None:
+        """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
+        ``of``: where it is no export any more, since its server died, the export of which it was a backup (default: any).
+
+        Raises Invalid where there is no such backup, or it has clients, and as ``ops.backup.end_backup`` does.
         """
         with self._changing:
+            if name not in self.registry:
+                self._end_left_behind(name, [*self._plans] if of is None else [of], failed=failed)
+                return
             backup = self.registry.served(name)
             if not isinstance(backup, Backup):
                 raise Invalid(f"the export {name!a} is no backup")
             if not left_alone(backup.export):
                 raise Invalid(f"the backup {name!a} has clients")
-            # Its snapshot is gone when this returns. Nobody takes the image away before, or begins a backup of this name.
-            self.registry.wait_until_closed(self._in_server(partial(self._take_away_unused, name)))
-            if backup.bitmap is not None and backup.next_bitmap is not None:
-                if failed:
-                    take_back(backup.disk, backup.bitmap, backup.next_bitmap)
-                else:
-                    backup.disk.bitmaps.remove(backup.bitmap)
+            # Nobody takes the image away before it is ended, or begins a backup of this name.
+            self.registry.wait_until_closed(self._in_server(partial(self._take_away_unused, name, backup, failed=failed)))
+            if backup.failure is not None:
+                raise backup.failure
 
-    def _take_away_unused(self, name: str) -> Served:
-        if self.registry[name].stats.clients:
+    def _end_left_behind(self, name: str, exports: Sequence[str], *, failed: bool) -> None:
+        found: list[tuple[str, cowfence.Qcow2Disk, BackupPlan]] = []
+        for of in exports:
+            opened = self.registry.served(of)
+            disk = opened.image if isinstance(opened, OpenedExport) else None
+            plan = left_behind(disk, name) if isinstance(disk, cowfence.Qcow2Disk) else None
+            if plan is not None:
+                assert isinstance(disk, cowfence.Qcow2Disk)  # it has a plan
+                found.append((of, disk, plan))
+        if not found:
+            raise Invalid(f"there is no backup {name!a}, and none is left in an image")
+        if len(found) > 1:
+            raise Invalid(f"which export? there are backups {name!a} of {', '.join(repr(of) for of, _, _ in found)}")
+        ((of, disk, plan),) = found
+        self._check_no_view_of_backup(name, of)
+        end_backup(disk, plan, failed=failed)
+
+    def _take_away_unused(self, name: str, backup: Backup, *, failed: bool) -> Served:
+        if backup.export.stats.clients:
             raise Invalid(f"the export {name!a} has clients")
+        backup.failed = failed
         return self.registry.remove(name)
 
     def begin_backup_of_only(self, name: str) -> None:
@@ -310,7 +356,7 @@ class Service:
         of = self.only_name()
         served = self.registry.served(of)
         assert isinstance(served, OpenedExport)  # since it has a plan
-        self.begin_backup(name, of, served)
+        self.begin_backup(BackupPlan(name), of, served)
 
     def only_name(self) -> str:
         """Of the export that is not a backup, where there is just one. Raises Invalid where one has to be named."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from cowfence.disk.base import Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import Invalid, Locked, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.nbd.client import NbdDisk
-from cowfence.nbd.connection import Pace
+from cowfence.nbd.connection import Connection, Pace
 from cowfence.nbd.export import Export
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno
 from cowfence.nbd.server import Limits, Server
@@ -468,3 +470,67 @@ def test_nothing_is_kept_of_exports_that_nobody_uses(tmp_path: Path) -> None:
         storage.gate.set()
         eventually(lambda: not server._pools, "a pool is kept")
         eventually(lambda: threading.active_count() == before + 1, "a thread is kept")
+
+
+class _OneRound:
+    """An epoll with one round that has what a test wants, in that order: it comes once all of it is there."""
+
+    def __init__(self, inner: select.epoll) -> None:
+        self.inner = inner
+        self.wanted: list[int] = []
+        self.going_on = False
+        """That round is."""
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        self.going_on = False
+        events = self.inner.poll(timeout)
+        found = dict(events)
+        if not self.wanted:
+            return events
+        if not all(fd in found for fd in self.wanted):
+            time.sleep(0.005)
+            return []
+        order, self.wanted, self.going_on = self.wanted, [], True
+        return [(fd, found[fd]) for fd in order]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_a_new_connection_does_not_get_the_event_of_one_whose_number_it_has(
+    tmp_path: Path, storage: TinyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one round of the loop the old one is closed and the new one comes; only then the old one's event has its turn."""
+    server = Server({"": Export(RawDisk(storage))})
+    server.listen_unix(str(tmp_path / "sock"))
+    rounds = _OneRound(server._epoll)
+    monkeypatch.setattr(server, "_epoll", rounds)
+    misled: list[Connection] = []
+    true_ready = server._on_ready
+
+    def on_ready(connection: Connection, events: int) -> None:
+        if rounds.going_on:
+            misled.append(connection)
+        true_ready(connection, events)
+
+    monkeypatch.setattr(server, "_on_ready", on_ready)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with BareClient(tmp_path / "sock", negotiate=False) as bare:
+            bare.receive(16)
+            let_in = threading.Event()
+            server.call(let_in.set)
+            assert let_in.wait(10)  # and nobody else is, before the round that is wanted
+            (old,) = server._connections.values()
+            rounds.wanted = [server._bell.fd, server._entrance._listeners[0].sock.fileno(), old.fd]
+            bare.sock.sendall(b"x")
+            server.call(lambda: server._drop(old))
+            with NbdDisk(server.uri()) as disk:
+                disk.write(0, b"here")
+                (new,) = server._connections.values()
+                assert new.fd == old.fd
+    finally:
+        server.stop()
+        thread.join(20)
+    assert not misled
