@@ -28,7 +28,7 @@ def test_true_engine_survives_walk(seed: int, model: Model) -> None:
     assert not verdicts.violations, f"{case}: {verdicts.violations[0]}"
 
 
-@pytest.mark.parametrize(("number", "image"), enumerate(covering_images()), ids=str)
+@pytest.mark.parametrize(("number", "image"), list(enumerate(covering_images())), ids=str)
 def test_operations_on_every_option(number: int, image: ImageSpec) -> None:
     """Sequences of one operation, over images in which every two options meet: every so many-th, another by image, so that each
     is tried on some. A cluster of 64 KiB is 128 sectors, and has many states. ``make crash`` tries all."""

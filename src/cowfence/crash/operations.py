@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cowfence.crash.images import secrets
@@ -112,11 +112,10 @@ def _write(run: Run, step: Step) -> None:
 
 @operation("write_batch", places=True, combined=False)
 def _write_batch(run: Run, step: Step) -> None:
-    """Cut where clusters end, with a sector of each of the next two, in one batch: what a server does that many ask at once."""
+    """With a sector of each of the next two clusters, in one batch: what a server does that many ask at once."""
     cluster_bytes, end = run.disk.block_bytes, step.offset + step.length_bytes
-    borders = range(align_up(step.offset + 1, cluster_bytes), end, cluster_bytes)
-    ranges = list(pairwise([step.offset, *borders, end]))
     after = align_up(end, cluster_bytes)
+    ranges = [(step.offset, end)]
     ranges += [(at, at + SECTOR_BYTES) for at in (after, after + cluster_bytes) if at < run.disk.size]
     requests: list[Request] = []
     with ExitStack() as noted:

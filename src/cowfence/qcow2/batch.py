@@ -1,9 +1,10 @@
 """The writes of a batch that change tables and can be carried out at once, under the lock that the batch holds already.
 
 Those into clusters that the disk does not have yet are planned together: that is what a guest does most when it fills a disk,
-and a plan for each costs three times what the host takes for the data. The writes that lie in one cluster each, which nothing
-on this disk or beneath it holds yet, reserve all their clusters at once; then the data of each goes out, and its entry and
-count enter the pending transaction. Whatever is not that simple, or fails here without a verdict, goes the way of ``write``.
+and a plan for each costs three times what the host takes for the data. The writes inside one L2 table each, of which nothing
+on this disk or beneath it holds anything yet, reserve all their clusters at once; then the data of each goes out, and its
+entries and counts enter the pending transaction. Whatever is not that simple, or fails here without a verdict, goes the way of
+``write``.
 
 What holds on disk after a data call: bytes in a new cluster, to which nothing leads. Two writes to one new cluster never meet
 here: the second finds the first one's entry when it is carried out by itself.
@@ -12,6 +13,7 @@ here: the second finds the first one's entry when it is carried out by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cowfence.disk.base import Outcome, Request, Verb, as_outcome
 from cowfence.errors import CowfenceError, NoSpace, WouldBlock
@@ -21,6 +23,16 @@ from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Table
 from cowfence.qcow2.write import Writes
+from cowfence.storage.base import Buffer
+
+
+class _New(NamedTuple):
+    """A write into clusters that the disk does not have: which request, and the entries that will lead there."""
+
+    number: int
+    table: Table
+    first: int
+    clusters: int
 
 
 class BatchWrites:
@@ -74,23 +86,22 @@ class BatchWrites:
         try:
             state.check_room()
             state.allocator.look_ahead(wait=False)
-            runs = state.allocator.reserve(len(found), wait=False)
+            runs = state.allocator.reserve(sum(one.clusters for one in found), wait=False)
         except (Cold, NeedsCommit, CowfenceError):
             return indices
         bits, writev = state.geometry.cluster_bits, state.data.writev
-        cluster_bytes, within_mask = state.geometry.cluster_bytes, state.geometry.cluster_mask
         pending, increment = state.pending, state.refcounts.increment
         free = {cluster: run.hole for run in runs for cluster in range(run.first, run.first + run.clusters)}
+        places = list(free)
+        at = 0
         state.committer.data_written = True
         try:
-            for (index, table, l2_index), (cluster, hole) in zip(found, list(free.items()), strict=True):
-                _, offset, _, data, _, _ = requests[index]
-                host, within = cluster << bits, offset & within_mask
+            for index, table, first, clusters in found:
+                mine = places[at : at + clusters]
+                at += clusters
                 try:
-                    if hole:
-                        writev(host + within, (data,), "data.write")
-                    else:
-                        writev(host, (bytes(within), data, bytes(cluster_bytes - within - len(data))), "data.write")
+                    for start, buffers in self._calls(requests[index], mine, free):
+                        writev(start, buffers, "data.write")
                 except NoSpace:
                     # A commit may free something: see ``Plans.mutate``.
                     rest.append(index)
@@ -99,40 +110,69 @@ class BatchWrites:
                     outcomes[index] = as_outcome(error)
                     continue
                 # Nothing below can fail.
-                del free[cluster]
-                pending.set(table, l2_index, host | COPIED)
-                increment(cluster)
+                for entry, cluster in enumerate(mine, first):
+                    del free[cluster]
+                    pending.set(table, entry, cluster << bits | COPIED)
+                    increment(cluster)
                 outcomes[index] = None
         finally:
             if free:
                 state.allocator.give_back([Run(cluster, 1, hole=False) for cluster in free])
         return rest
 
-    def _find(self, requests: Sequence[Request], indices: list[int]) -> tuple[list[tuple[int, Table, int]], list[int]]:
-        """The writes that are meant (index, L2 table, index of the entry), and the indices of the others."""
+    def _calls(self, request: Request, places: list[int], holes: Mapping[int, bool]) -> list[tuple[int, tuple[Buffer, ...]]]:
+        """The data calls (host offset, buffers) of a write into new clusters: one where they are neighbours, else one for each;
+        with zeros for what the write leaves of a cluster, unless that reads as zeros already."""
+        geometry, data = self._state.geometry, request.data
+        bits, within = geometry.cluster_bits, request.offset & geometry.cluster_mask
+        first, hole, count = places[0], holes[places[0]], len(places)
+        if count == 1 or (places == list(range(first, first + count)) and all(holes[place] == hole for place in places)):
+            if hole:
+                return [(first << bits | within, (data,))]
+            left_bytes = (count << bits) - within - len(data)
+            return [(first << bits, (bytes(within), data, bytes(left_bytes)))]
+        view, calls = memoryview(data), []
+        for number, place in enumerate(places):
+            start = max((number << bits) - within, 0)
+            part = view[start : (number + 1 << bits) - within]
+            calls += self._calls(request._replace(offset=request.offset + start, data=part), [place], holes)
+        return calls
+
+    def _find(self, requests: Sequence[Request], indices: list[int]) -> tuple[list[_New], list[int]]:
+        """The writes that are meant, and the indices of the others."""
         state, tables = self._state, self._tables
         geometry, l1_entries, write = state.geometry, state.l1.entries, Verb.WRITE
         bits, l2_bits, l2_mask = geometry.cluster_bits, geometry.l2_bits, geometry.l2_entries - 1
-        cluster_bytes, within_mask, size = geometry.cluster_bytes, geometry.cluster_mask, state.size
+        size = state.size
         # What the backing file may hold begins in an earlier cluster.
-        first = -(-state.backing_bytes >> bits)
-        found: dict[int, tuple[int, Table, int]] = {}
+        lowest = -(-state.backing_bytes >> bits)
+        left = self._most
+        taken: set[int] = set()
+        found: list[_New] = []
         rest: list[int] = []
         for index in indices:
             verb, offset, _, data, fua, _ = requests[index]
-            if verb is write and not fua and 0 <= offset <= size - len(data) and len(found) < self._most:
-                cluster = offset >> bits
+            if verb is write and not fua and 0 <= offset <= size - len(data) and data:
+                cluster, last = offset >> bits, offset + len(data) - 1 >> bits
                 table = tables.get(cluster >> l2_bits)
+                clusters = last - cluster + 1
                 if (
                     table is not None
-                    and not table.entries[cluster & l2_mask]
-                    and 0 < len(data) <= cluster_bytes - (offset & within_mask)
-                    and cluster >= first
-                    and cluster not in found
+                    and clusters <= left
+                    and cluster >> l2_bits == last >> l2_bits
+                    and cluster >= lowest
                     and l1_entries[cluster >> l2_bits] & COPIED
+                    and (
+                        not table.entries[cluster & l2_mask] and cluster not in taken
+                        if clusters == 1
+                        else not any(table.entries[cluster & l2_mask : (last & l2_mask) + 1])
+                        and taken.isdisjoint(range(cluster, last + 1))
+                    )
                 ):
                     table.used = True
-                    found[cluster] = index, table, cluster & l2_mask
+                    left -= clusters
+                    taken.update(range(cluster, last + 1))
+                    found.append(_New(index, table, cluster & l2_mask, clusters))
                     continue
             rest.append(index)
-        return list(found.values()), rest
+        return found, rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import NoSpace, StorageFailed
+from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
@@ -112,6 +114,49 @@ def test_two_writes_into_one_new_cluster() -> None:
     requests = [*_writes([3, 4, 5]), *_writes([3, 4, 5], within=2048), *_writes([3], within=0)]
     assert disk.submit(requests, wait=False) == [None] * 7
     _judge(disk, memory, _model(requests))
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["new", "reused"])
+def test_writes_of_many_clusters(reused: bool) -> None:
+    """Whole ones and parts at both ends, in neighbours or, where clusters came back, in pieces between those in use."""
+    memory = _new()
+    watched = Watched(memory)
+    disk = _warm(watched)
+    if reused:
+        disk.submit(_writes(range(100, 160), serial=7, within=0, length=CLUSTER))
+        disk.flush()
+        for cluster in (100, 101, 104, 107, 108, 109, 113, *range(120, 140, 2)):
+            disk.discard(cluster * CLUSTER, CLUSTER)
+        disk.flush()
+    places = [(512, 5 * CLUSTER), (8 * CLUSTER, 3 * CLUSTER), (13 * CLUSTER - 512, 1024), (20 * CLUSTER, 9 * CLUSTER + 512)]
+    requests = [Request(Verb.WRITE, at, length, tagged(at, length, 3)) for at, length in places]
+    watched.data_calls.clear()
+    assert disk.submit(requests, wait=False) == [None] * 4
+    assert reused or watched.data_calls == [length for _, length in places]
+    model = _model(requests)
+    if reused:
+        for cluster in set(range(100, 160)) - {100, 101, 104, 107, 108, 109, 113, *range(120, 140, 2)}:
+            at = cluster * CLUSTER
+            model[at : at + CLUSTER] = tagged(at, CLUSTER, 7)
+    _judge(disk, memory, model)
+
+
+def test_neighbours_only_by_their_ends() -> None:
+    """Reserved clusters whose first and last stand as far apart as in one run, and do not."""
+    memory = _new()
+    disk = _warm(memory)
+    allocator = disk._state.allocator
+    first = allocator.never_used
+    order = [first + 5, first + 9, first + 2, first + 8]
+    runs = [Run(cluster, 1, hole=True) for cluster in order]
+    with mock.patch.object(allocator, "reserve", return_value=runs):
+        request = Request(Verb.WRITE, 512, 3 * CLUSTER, tagged(512, 3 * CLUSTER, 4))
+        assert disk.submit([request], wait=False) == [None]
+    allocator.never_used = first + 10
+    assert disk.read(0, disk.size) == _model([request])
+    disk.flush()
+    left = open_image(MemoryStorage(memory.snapshot(), "image"), backing=None, writable=False)
+    assert left.read(0, left.size) == _model([request])
 
 
 def test_with_reads_flushes_and_writes_over_a_border() -> None:
