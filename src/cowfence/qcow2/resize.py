@@ -211,12 +211,14 @@ def _allocate(state: State, at: int, size_bytes: int, preallocation: Preallocati
         hosts = [cluster for run in reserved for cluster in range(run.first, run.first + run.clusters)][home.clusters :]
         state.committer.data_written = True
         if geometry.external_data:
+            # Reserved is at most a cluster of the image, for the table: nothing of the data file stands at its offset.
             hosts = [at + (number << geometry.cluster_bits) >> geometry.cluster_bits for number in range(count)]
             if preallocation is not Preallocation.METADATA:
                 _clear(state, at, min(end, size_bytes), False, preallocation)
-        for run in reserved:
-            start, stop = run.first << geometry.cluster_bits, run.first + run.clusters << geometry.cluster_bits
-            _clear(state, start, stop, run.hole, preallocation)
+        else:
+            for run in reserved:
+                start, stop = run.first << geometry.cluster_bits, run.first + run.clusters << geometry.cluster_bits
+                _clear(state, start, stop, run.hole, preallocation)
     except BaseException:
         state.allocator.give_back(reserved)
         raise

@@ -15,7 +15,7 @@ from cowfence.errors import Corrupt, CowfenceError, Invalid, Locked, NoSpace, Re
 from cowfence.ops.amend import Amendment, amend
 from cowfence.ops.convert import How, convert
 from cowfence.ops.create import CreateOptions
-from cowfence.ops.resize import resize
+from cowfence.ops.resize import resize, resize_disk
 from cowfence.ops.snapshot import create_snapshot
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import open_image
@@ -256,3 +256,18 @@ def test_a_full_host_loses_nothing() -> None:
     disk.close()
     assert data.snapshot()[:65536] == b"x" * 65536
     assert data.snapshot()[131072:196608] == b"z" * 65536
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_growing_ahead_touches_nothing_of_what_is_there(mode: str) -> None:
+    """The new L2 table takes a cluster of the image, used before; in the data file, guest data stands at its offset."""
+    image, data = MemoryStorage(name="image"), MemoryStorage(name="data")
+    write_new(image, NewImage(64 * KIB, 512, data_file="data"))
+    image.truncate(48 * KIB, "old")
+    content = random.Random(3).randbytes(64 * KIB)
+    with open_image(image, backing=None, writable=True, data=data, options=QUIET) as disk:
+        disk.write(0, content)
+        disk.flush()
+        resize_disk(disk, 200 * KIB, preallocation=mode)
+        assert disk.read(0, 200 * KIB) == content + bytes(136 * KIB)
+    assert data.snapshot()[: 64 * KIB] == content
