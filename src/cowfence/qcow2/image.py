@@ -236,7 +236,9 @@ class Qcow2Disk:
         for place, entry in zip(count(start, self._cluster_bytes), entries, strict=False):
             if not place or entry & self._not_plain or entry & OFFSET_MASK != place:
                 return None
-        return start + (offset & self._within_mask)
+        place = start + (offset & self._within_mask)
+        # A file may end inside its last cluster: what is missing reads as zeros, and stands nowhere.
+        return place if place <= self._state.data.size() - length_bytes else None
 
     def extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
         self._check_range(offset, length_bytes)
