@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cowfence.disk.base import Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.errors import CowfenceError, NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED
@@ -43,7 +43,7 @@ class BatchWrites:
         shift = self._state.geometry.l1_shift
         for index in self._into_new_clusters(requests, outcomes, indices):
             verb, offset, _, data, fua, _ = requests[index]
-            length_bytes = len(data)
+            length_bytes = len(data := in_bytes(data))
             end = offset + length_bytes
             if (
                 verb is write
@@ -85,7 +85,7 @@ class BatchWrites:
         try:
             for (index, table, l2_index), (cluster, hole) in zip(found, list(free.items()), strict=True):
                 _, offset, _, data, _, _ = requests[index]
-                host, within = cluster << bits, offset & within_mask
+                host, within, data = cluster << bits, offset & within_mask, in_bytes(data)
                 try:
                     if hole:
                         writev(host + within, (data,), "data.write")
@@ -120,7 +120,7 @@ class BatchWrites:
         rest: list[int] = []
         for index in indices:
             verb, offset, _, data, fua, _ = requests[index]
-            if verb is write and not fua and 0 <= offset <= size - len(data) and len(found) < self._most:
+            if verb is write and not fua and 0 <= offset <= size - len(data := in_bytes(data)) and len(found) < self._most:
                 cluster = offset >> bits
                 table = tables.get(cluster >> l2_bits)
                 if (

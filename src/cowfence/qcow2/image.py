@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -390,7 +390,7 @@ class Qcow2Disk:
                                 except CowfenceError:
                                     pass
                 elif verb is write and inline_writes and not fua:
-                    within = offset & within_mask
+                    within, data = offset & within_mask, in_bytes(data)
                     if within + len(data) <= cluster_bytes and 0 <= offset <= size - len(data):
                         cluster = offset >> bits
                         table = tables.get(cluster >> l2_bits)
@@ -440,7 +440,7 @@ class Qcow2Disk:
                 return None
             if not wait:
                 # It may commit, or wait for the host: refuse early what is wrong, and leave the rest to a thread that may wait.
-                self._check_range(offset, len(data) if verb is Verb.WRITE else length_bytes)
+                self._check_range(offset, len(in_bytes(data)) if verb is Verb.WRITE else length_bytes)
                 self._check_writable()
                 if verb is Verb.WRITE or fua or not self._one_piece(request):
                     return BLOCKED
