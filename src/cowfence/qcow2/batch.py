@@ -98,10 +98,10 @@ class BatchWrites:
                 except CowfenceError as error:
                     outcomes[index] = as_outcome(error)
                     continue
-                # Nothing below can fail.
+                # Nothing below can fail; and Ctrl-C may leave a count without an entry, never an entry without a count.
                 del free[cluster]
-                pending.set(table, l2_index, host | COPIED)
                 increment(cluster)
+                pending.set(table, l2_index, host | COPIED)
                 outcomes[index] = None
         finally:
             if free:

@@ -415,8 +415,9 @@ class Qcow2Disk:
                 outcomes.append(BLOCKED)
             if later and inline_writes:
                 later = self._batches.write(requests, outcomes, later)
-                if state.pending.notes:
-                    state.pending.publish()
+            # Also what an interrupted call has left: a write in place may rely on it.
+            if inline_writes and state.pending.notes:
+                state.pending.publish()
         if self._interval is not None and committer.data_written:
             self._interval.start()
         for index in later:
