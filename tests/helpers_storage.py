@@ -91,7 +91,7 @@ class TinyStorage:
         self._call("extents")
         end = min(offset + length_bytes, len(self.bytes))
         runs = []
-        for page in range(offset // PAGE_BYTES, -(-end // PAGE_BYTES)):
+        for page in range(offset // PAGE_BYTES, -(-end // PAGE_BYTES)) if offset < end else ():
             start, stop = max(offset, page * PAGE_BYTES), min(end, (page + 1) * PAGE_BYTES)
             there = page in self.present
             runs.append(Extent(start, stop - start, zero=not there, data=there, present=there, host_offset=start))

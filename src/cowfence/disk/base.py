@@ -22,7 +22,8 @@ class Verb(IntEnum):
 
 
 class Request(NamedTuple):
-    """One request of a batch. ``data`` is for WRITE only, whose ``length_bytes`` is that of the data.
+    """One request of a batch. ``data`` is for WRITE only, whose ``length_bytes`` is that of the data. It may be a memoryview of
+    larger items, see ``in_bytes``.
 
     ``fua``: the request is flushed before it is answered. ``unmap``: a ZERO may give the space back (false: keep it).
     """
@@ -54,6 +55,11 @@ def as_outcome(error: CowfenceError) -> CowfenceError:
     return error
 
 
+def in_bytes(data: Buffer) -> Buffer:
+    """``data`` with a length in bytes: a memoryview counts its items, or its rows, and the host writes all of their bytes."""
+    return data.cast("B") if type(data) is memoryview and data.nbytes != len(data) else data
+
+
 def overlaps(one: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
     """Whether a range (offset, end) has bytes in common with any of the others."""
     return any(start < one[1] and one[0] < end for start, end in others)
@@ -61,7 +67,7 @@ def overlaps(one: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
 
 def range_of(request: Request) -> tuple[int, int]:
     """The offset and the end of a request."""
-    length_bytes = len(request.data) if request.verb is Verb.WRITE else request.length_bytes
+    length_bytes = len(in_bytes(request.data)) if request.verb is Verb.WRITE else request.length_bytes
     return request.offset, request.offset + length_bytes
 
 

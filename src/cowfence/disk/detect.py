@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from cowfence.disk.base import Disk, Outcome, Request, Verb
+from cowfence.disk.base import Disk, Outcome, Request, Verb, in_bytes
 from cowfence.disk.wrapped import WrappedDisk
 from cowfence.storage.base import Buffer
 from cowfence.units import MIB
@@ -22,7 +22,7 @@ class DetectZeroes(WrappedDisk):
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         if is_zero(data):
-            self.inner.zero(offset, len(data), unmap=self._unmap, fua=fua)
+            self.inner.zero(offset, len(in_bytes(data)), unmap=self._unmap, fua=fua)
         else:
             self.inner.write(offset, data, fua=fua)
 
@@ -32,7 +32,7 @@ class DetectZeroes(WrappedDisk):
     def _looked_at(self, request: Request) -> Request:
         if request.verb is not Verb.WRITE or not is_zero(request.data):
             return request
-        return Request(Verb.ZERO, request.offset, len(request.data), fua=request.fua, unmap=self._unmap)
+        return Request(Verb.ZERO, request.offset, len(in_bytes(request.data)), fua=request.fua, unmap=self._unmap)
 
 
 def is_zero(data: Buffer) -> bool:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome, carry_out
+from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome, carry_out, in_bytes
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -76,11 +76,12 @@ class RawDisk:
 
     def read_into(self, offset: int, buffer: WritableBuffer, *, wait: bool = True) -> None:
         self._check_open()
+        buffer = memoryview(buffer).cast("B")
         self._check_range(offset, len(buffer))
         got = self._storage.readv(offset, (buffer,), wait=wait)
         if got < len(buffer):
             self._check_length()
-            memoryview(buffer)[got:] = bytes(len(buffer) - got)
+            buffer[got:] = bytes(len(buffer) - got)
 
     def locate(self, offset: int, length_bytes: int) -> int | None:
         """Where a range stands in the file: at its own offset, where that lies inside."""
@@ -93,6 +94,7 @@ class RawDisk:
         return bytes(buffer)
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        data = in_bytes(data)
         self._begin_write(offset, len(data))
         self._storage.writev(offset, (data,), "data.write")
         self._end_write(fua=fua)
@@ -186,7 +188,7 @@ class RawDisk:
                     if readv(offset, (buffer,), wait=wait) < length_bytes:
                         self._check_length()
                     add(buffer)
-                elif verb is _WRITE and not fua and writable and 0 <= offset <= size - len(data):
+                elif verb is _WRITE and not fua and writable and 0 <= offset <= size - len(data := in_bytes(data)):
                     writev(offset, (data,), "data.write")
                     self._dirty = True
                     add(None)
@@ -206,7 +208,7 @@ class RawDisk:
                 return BLOCKED
             self.flush()
             return None
-        self._begin_write(offset, len(data) if verb is _WRITE else length_bytes)
+        self._begin_write(offset, len(in_bytes(data)) if verb is _WRITE else length_bytes)
         if not wait:
             return BLOCKED
         carry_out(self, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cowfence.disk.base import Disk, Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import Disk, Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.disk.wrapped import WrappedDisk
 from cowfence.errors import CowfenceError, Invalid, OutOfRange
 from cowfence.extents import Extent
@@ -36,6 +36,7 @@ class WindowDisk(WrappedDisk):
         self.inner.read_into(self._inside(offset, len(buffer)), buffer, wait=wait)
 
     def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        data = in_bytes(data)
         self.inner.write(self._inside(offset, len(data)), data, fua=fua)
 
     def zero(self, offset: int, length_bytes: int, *, unmap: bool = True, fua: bool = False) -> None:
@@ -54,7 +55,7 @@ class WindowDisk(WrappedDisk):
         places: list[int] = []
         for index, request in enumerate(requests):
             if request.verb is not Verb.FLUSH:
-                length_bytes = len(request.data) if request.verb is Verb.WRITE else request.length_bytes
+                length_bytes = len(in_bytes(request.data)) if request.verb is Verb.WRITE else request.length_bytes
                 try:
                     request = request._replace(offset=self._inside(request.offset, length_bytes))
                 except CowfenceError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from cowfence.disk.base import Request, Verb
+from cowfence.disk.base import Request, Verb, in_bytes
 from cowfence.errors import CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, StorageFailed, Unsupported
 from cowfence.extents import Extent
 from cowfence.nbd.client_transmission import Completion
@@ -69,6 +69,7 @@ class Terms:
         if verb is Verb.FLUSH:
             return [self.flush_piece(index)] if self.writable else []
         if verb is Verb.WRITE:
+            data = in_bytes(data)
             length_bytes = len(data)
         self.check_range(offset, length_bytes)
         if (offset | length_bytes) % self._minimum_bytes:

@@ -131,10 +131,12 @@ class Allocator:
                     count -= 1
                 runs.append(Run(first, end - first, hole=False))
         while count:
-            first, end = self._runs.popleft()
+            first, end = self._runs[0]
             if end - first > count:
-                self._runs.appendleft((first + count, end))
                 end = first + count
+                self._runs[0] = end, self._runs[0][1]
+            else:
+                self._runs.popleft()
             count -= end - first
             border = min(max(first, self.never_used), end) if self._holes else end
             if border > first:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cowfence.disk.base import Outcome, Request, Verb, as_outcome
+from cowfence.disk.base import Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.errors import CowfenceError, NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED
@@ -55,7 +55,7 @@ class BatchWrites:
         shift = self._state.geometry.l1_shift
         for index in self._into_new_clusters(requests, outcomes, indices):
             verb, offset, _, data, fua, _ = requests[index]
-            length_bytes = len(data)
+            length_bytes = len(data := in_bytes(data))
             end = offset + length_bytes
             if (
                 verb is write
@@ -109,11 +109,11 @@ class BatchWrites:
                 except CowfenceError as error:
                     outcomes[index] = as_outcome(error)
                     continue
-                # Nothing below can fail.
+                # Nothing below can fail; and Ctrl-C may leave a count without an entry, never an entry without a count.
                 for entry, cluster in enumerate(mine, first):
                     del free[cluster]
-                    pending.set(table, entry, cluster << bits | COPIED)
                     increment(cluster)
+                    pending.set(table, entry, cluster << bits | COPIED)
                 outcomes[index] = None
         finally:
             if free:
@@ -123,7 +123,7 @@ class BatchWrites:
     def _calls(self, request: Request, places: list[int], holes: Mapping[int, bool]) -> list[tuple[int, tuple[Buffer, ...]]]:
         """The data calls (host offset, buffers) of a write into new clusters: one where they are neighbours, else one for each;
         with zeros for what the write leaves of a cluster, unless that reads as zeros already."""
-        geometry, data = self._state.geometry, request.data
+        geometry, data = self._state.geometry, in_bytes(request.data)
         bits, within = geometry.cluster_bits, request.offset & geometry.cluster_mask
         first, hole, count = places[0], holes[places[0]], len(places)
         if count == 1 or (places == list(range(first, first + count)) and all(holes[place] == hole for place in places)):
@@ -152,7 +152,7 @@ class BatchWrites:
         rest: list[int] = []
         for index in indices:
             verb, offset, _, data, fua, _ = requests[index]
-            if verb is write and not fua and 0 <= offset <= size - len(data) and data:
+            if verb is write and not fua and 0 <= offset <= size - len(data := in_bytes(data)) and data:
                 cluster, last = offset >> bits, offset + len(data) - 1 >> bits
                 table = tables.get(cluster >> l2_bits)
                 clusters = last - cluster + 1

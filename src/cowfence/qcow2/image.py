@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome, carry_out
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request, Verb, as_outcome, carry_out, in_bytes
 from cowfence.disk.fileview import as_file
 from cowfence.errors import Closed, Corrupt, CowfenceError, Invalid, NoSpace, OutOfRange, ReadOnly, WouldBlock
 from cowfence.extents import Extent, merge
@@ -236,7 +236,9 @@ class Qcow2Disk:
         for place, entry in zip(count(start, self._cluster_bytes), entries, strict=False):
             if not place or entry & self._not_plain or entry & OFFSET_MASK != place:
                 return None
-        return start + (offset & self._within_mask)
+        place = start + (offset & self._within_mask)
+        # A file may end inside its last cluster: what is missing reads as zeros, and stands nowhere.
+        return place if place <= self._state.data.size() - length_bytes else None
 
     def extents(self, offset: int, length_bytes: int) -> Iterator[Extent]:
         self._check_range(offset, length_bytes)
@@ -388,7 +390,7 @@ class Qcow2Disk:
                                 except CowfenceError:
                                     pass
                 elif verb is write and inline_writes and not fua:
-                    within = offset & within_mask
+                    within, data = offset & within_mask, in_bytes(data)
                     if within + len(data) <= cluster_bytes and 0 <= offset <= size - len(data):
                         cluster = offset >> bits
                         table = tables.get(cluster >> l2_bits)
@@ -413,8 +415,9 @@ class Qcow2Disk:
                 outcomes.append(BLOCKED)
             if later and inline_writes:
                 later = self._batches.write(requests, outcomes, later)
-                if state.pending.notes:
-                    state.pending.publish()
+            # Also what an interrupted call has left: a write in place may rely on it.
+            if inline_writes and state.pending.notes:
+                state.pending.publish()
         if self._interval is not None and committer.data_written:
             self._interval.start()
         for index in later:
@@ -438,7 +441,7 @@ class Qcow2Disk:
                 return None
             if not wait:
                 # It may commit, or wait for the host: refuse early what is wrong, and leave the rest to a thread that may wait.
-                self._check_range(offset, len(data) if verb is Verb.WRITE else length_bytes)
+                self._check_range(offset, len(in_bytes(data)) if verb is Verb.WRITE else length_bytes)
                 self._check_writable()
                 if verb is Verb.WRITE or fua or not self._one_piece(request):
                     return BLOCKED

@@ -99,8 +99,8 @@ class Table:
 
     def set(self, index: int, value: int) -> None:
         """Change one word; its sector is dirty. Both words of an entry stand in one sector."""
-        self.entries[index] = value
         self.dirty.add(index >> 6)
+        self.entries[index] = value
 
     @property
     def length_bytes(self) -> int:
@@ -177,6 +177,7 @@ class RefcountBlock:
     def set(self, index: int, count: int) -> None:
         """Change one count; its sector is dirty. ``count`` must fit (the caller checks, before it changes anything)."""
         bits = self.bits
+        self.dirty.add(index * bits // (SECTOR_BYTES * 8))
         if bits >= 8:
             self._counts[index] = count
         else:
@@ -185,7 +186,6 @@ class RefcountBlock:
             mask = ((1 << bits) - 1) << shift
             at = index // per_byte
             self._counts[at] = self._counts[at] & ~mask | count << shift
-        self.dirty.add(index * bits // (SECTOR_BYTES * 8))
 
     def sector(self, sector: int) -> bytes:
         if self.bits < 8:

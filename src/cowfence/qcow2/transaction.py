@@ -125,13 +125,13 @@ class Pending:
         self.changed[table.offset] = table
 
     def set(self, table: AnyTable, index: int, value: int) -> None:
-        """Change an entry or a count."""
-        table.set(index, value)
+        """Change an entry or a count. The change itself comes last: what Ctrl-C leaves half done is noted and not seen, never
+        seen and not written. Both words of a note go in with one operation, for a half note would shift all later ones."""
         self.changed[table.offset] = table
         notes = self.notes
         if notes is not None:
-            notes.append(table.place + index * table.bits)
-            notes.append(value)
+            notes += (table.place + index * table.bits, value)
+        table.set(index, value)
 
     def link(self, table: Table, index: int, entry: int) -> None:
         """Change an L2 entry, of one word or of two."""

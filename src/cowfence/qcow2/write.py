@@ -236,9 +236,11 @@ class Writes:
                 bitmap = entry >> BITMAP_SHIFT if kind is not RunKind.COMPRESSED else 0
                 written = _subclusters(state.geometry, target.start, target.end)
                 linked |= (bitmap & ~(written << SUBCLUSTERS) | written) << BITMAP_SHIFT
+            if target.reserved:
+                # First: Ctrl-C in between may leave a count without an entry, never an entry without a count.
+                state.refcounts.increment(target.host >> bits)
             pending.link(table, target.l2_index, linked)
             if target.reserved:
-                state.refcounts.increment(target.host >> bits)
                 free_entry(state, kind, entry, discard=False)
 
 

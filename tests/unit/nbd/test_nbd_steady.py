@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -138,6 +139,24 @@ def test_a_file_that_becomes_shorter_ends_the_connection_only(tmp_path: Path, co
         assert len(rest) < 8 * MIB - 1000
         with BareClient(tmp_path / "sock") as other:
             assert other.ask(Command.READ, length=512) == (1, 0, content[:512])
+    opened.close()
+
+
+def test_a_file_that_ends_inside_its_last_cluster(tmp_path: Path, sent: list[int]) -> None:
+    """The last page of the file is in the page cache, and not all of it is there to be sent."""
+    path = tmp_path / "image"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"])
+    with cowfence.open(path, writable=True) as disk:
+        disk.write(0, b"first" * CLUSTER)
+        disk.write(5 * CLUSTER, b"x" * (CLUSTER - 2 * KIB))
+    assert path.stat().st_size % mmap.PAGESIZE == 2 * KIB
+    opened = _opened(path)
+    wanted = opened.image.read(4 * CLUSTER, 2 * CLUSTER)
+    with serving(tmp_path, {"": opened.export}), BareClient(tmp_path / "sock") as bare:
+        assert bare.ask(Command.READ, offset=4 * CLUSTER, length=2 * CLUSTER) == (1, 0, wanted)
+        assert sent == []
+        assert bare.ask(Command.READ, offset=4 * CLUSTER, length=CLUSTER) == (1, 0, wanted[:CLUSTER])
+        assert bare.ask(Command.READ, offset=5 * CLUSTER, length=CLUSTER) == (1, 0, wanted[CLUSTER:])
     opened.close()
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from types import FrameType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,6 +17,7 @@ from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import BLOCKED, Request, Verb
 from cowfence.disk.raw import RawDisk
 from cowfence.errors import NoSpace, StorageFailed
+from cowfence.qcow2 import allocator, batch, refcounts, tables, transaction, write
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.create import NewImage, write_new
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
@@ -258,3 +264,60 @@ def test_a_keeper_hears_of_the_whole_batch() -> None:
     assert fatal_findings(left.snapshot()) == []
     again = open_image(MemoryStorage(left.snapshot(), "image"), backing=None, writable=False)
     assert again.read(0, again.size) == _model(requests)
+
+
+@contextmanager
+def _interrupted_at(point: int) -> Iterator[None]:
+    """Ctrl-C before the instruction of that number of those that plan, write and enter."""
+    files = {module.__file__ for module in (allocator, batch, refcounts, tables, transaction, write)}
+    left = point
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:  # noqa: ARG001
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if not left:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_interrupted_anywhere(together: bool) -> None:
+    """What is acknowledged afterwards is there: after a flush, and for a keeper. No entry is left without its count."""
+    requests, later = _writes([0, 1]), _writes(range(8), serial=5)
+    for point in count(1, 7):
+        memory = _new()
+        journal = Journal.new(bytearray(256 * KIB))
+        disk = open_image(memory, backing=None, writable=True, options=OPTIONS, journal=journal)
+        disk.write(DISK_BYTES - 512, b"\xff" * 512)
+        disk.flush()
+        try:
+            with _interrupted_at(point):
+                if together:
+                    disk.submit(requests)
+                else:
+                    disk.write(requests[0].offset, requests[0].data)
+            break
+        except KeyboardInterrupt:
+            pass
+        # What it had begun may be there, and is written to in place.
+        assert disk.submit(later[:1]) == [None]
+        left = MemoryStorage(memory.snapshot(), "image")
+        replay(left, Journal(bytearray(journal.snapshot())))
+        assert fatal_findings(left.snapshot()) == []
+        again = open_image(left, backing=None, writable=False)
+        assert again.read(512, 512) == later[0].data
+        assert disk.submit(later[1:]) == [None] * (len(later) - 1)
+        disk.flush()
+        assert fatal_findings(memory.snapshot()) == []
+        _judge(disk, memory, _model(later))
+    assert point > 500
