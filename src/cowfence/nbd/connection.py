@@ -138,3 +138,11 @@ class Connection:
         if self.tls is not None:
             with suppress(OSError):
                 self.sock.send(self.tls.goodbye())
+
+    def close(self) -> None:
+        """Forget what is unsent, and close the socket."""
+        self.unsent.clear()
+        if self.steady is not None:
+            self.steady.let_go(self.sock)
+        else:
+            self.sock.close()

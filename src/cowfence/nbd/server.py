@@ -290,8 +290,7 @@ class Server:
         del self._connections[connection.fd]
         del self._handlers[connection.fd]
         self._epoll.unregister(connection.fd)
-        connection.unsent.clear()
-        connection.sock.close()
+        connection.close()
         if connection.export is not None:
             connection.export.stats.clients -= 1
             if not connection.export.stats.clients:

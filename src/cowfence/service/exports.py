@@ -169,6 +169,8 @@ class OpenedExport:
 
     def close(self) -> None:
         """Commit everything, and close the image. Raises what that raises."""
+        if self.export.steady is not None:
+            self.export.steady.settle()
         self._files.close()
 
 

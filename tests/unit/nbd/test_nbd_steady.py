@@ -5,7 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from cowfence.nbd import steady
 from cowfence.nbd.client import NbdDisk
 from cowfence.nbd.framing import Style
 from cowfence.nbd.messages import Command
-from cowfence.nbd.server import Server
+from cowfence.nbd.server import Limits, Server
 from cowfence.nbd.steady import FilePart, SteadyFile
 from cowfence.service.exports import ExportSpec, OpenedExport
 from cowfence.storage.host import is_cached
@@ -247,3 +250,41 @@ def test_what_is_in_the_page_cache(tmp_path: Path) -> None:
 
 def test_no_part_is_made_of_short_reads() -> None:
     assert SteadyFile(0, lambda offset, _: offset).part(0, steady.LEAST_BYTES - 1) is None
+
+
+def test_the_file_is_held_until_what_was_sent_is_read(tmp_path: Path, content: bytes, sent: list[int]) -> None:
+    """What waits in the socket are the file's pages: whoever changes it would change the reply."""
+    (tmp_path / "raw").write_bytes(content)
+    opened = _opened(tmp_path / "raw", "raw")
+    with serving(tmp_path, {"": opened.export}):
+        bare = BareClient(tmp_path / "sock")
+        bare.send(Command.READ, offset=MIB, length=CLUSTER)
+        assert bare.sock.recv(1, socket.MSG_PEEK)  # it has been answered
+    assert sent == [CLUSTER]
+    closing = threading.Thread(target=opened.close)
+    closing.start()
+    time.sleep(0.1)
+    assert closing.is_alive()
+    with pytest.raises(cowfence.Locked):
+        cowfence.open(tmp_path / "raw", writable=True, format="raw")
+    assert bare.reply() == (1, 0, content[MIB : MIB + CLUSTER])
+    closing.join(10)
+    assert not closing.is_alive()
+    assert bare.closed_by_server()
+    cowfence.open(tmp_path / "raw", writable=True, format="raw").close()
+
+
+def test_nobody_is_waited_for_for_ever(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raw").write_bytes(content)
+    monkeypatch.setattr(steady, "PATIENCE_SECONDS", 0.2)
+    opened = _opened(tmp_path / "raw", "raw")
+    with serving(tmp_path, {"": opened.export}, Limits(stop_seconds=0.2)):
+        stalled, gone = BareClient(tmp_path / "sock"), BareClient(tmp_path / "sock")
+        for bare in (stalled, gone):
+            bare.send(Command.READ, offset=MIB, length=MIB)
+            assert bare.sock.recv(1, socket.MSG_PEEK)
+        gone.sock.close()
+    began = time.monotonic()
+    opened.close()
+    assert 0.15 < time.monotonic() - began < 5
+    stalled.sock.close()
