@@ -180,6 +180,10 @@ class Server:
             self._calls.append(function)
         self._bell.ring()
 
+    def works_for(self, export: Export) -> bool:
+        """Whether something asked of an export is not done yet, though who asked may be gone. In the serving thread."""
+        return self._pools.busy_for(export)
+
     def _timeout_seconds(self) -> float | None:
         deadlines = [self._negotiating[0].deadline] if self._negotiating else []
         if self._stop_deadline is not None and self._stop_deadline != math.inf:
