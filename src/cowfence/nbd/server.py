@@ -67,6 +67,7 @@ _ROUNDS: Final = 4
 _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _NO_REPLIES: Final[Sequence[Reply | Part]] = ()
 _READS_OF_A_JOB: Final = 8
+_ACCEPT_AGAIN_SECONDS: Final = 1.0
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
 
@@ -107,6 +108,7 @@ class Server:
         self._calls: deque[Callable[[], None]] = deque()
         self._calling = threading.Lock()
         self._next_idle_look = math.inf if self._limits.idle_seconds is None else 0.0
+        self._accept_again = math.inf
         self._stop_wanted = False
         self._stop_deadline: float | None = None
         self._closed = False
@@ -155,7 +157,7 @@ class Server:
                         handler(events)
                 while knocked:
                     self._on_connect(knocked.pop())
-                if self._negotiating or self._stop_wanted or self._next_idle_look != math.inf:
+                if self._negotiating or self._stop_wanted or self._next_idle_look != math.inf or self._accept_again != math.inf:
                     self._look_at_clock()
         finally:
             self.close()
@@ -180,8 +182,14 @@ class Server:
             self._calls.append(function)
         self._bell.ring()
 
+    def works_for(self, export: Export) -> bool:
+        """Whether something asked of an export is not done yet, though who asked may be gone. In the serving thread."""
+        return self._pools.busy_for(export)
+
     def _timeout_seconds(self) -> float | None:
         deadlines = [self._negotiating[0].deadline] if self._negotiating else []
+        if self._accept_again != math.inf:
+            deadlines.append(self._accept_again)
         if self._stop_deadline is not None and self._stop_deadline != math.inf:
             deadlines.append(self._stop_deadline)
         if self._connections and self._next_idle_look != math.inf:
@@ -200,6 +208,9 @@ class Server:
             connection = negotiating.popleft()
             if not connection.closed and connection.transmission is None:
                 self._drop(connection, "the handshake took too long")
+        if self._accept_again <= now:
+            self._accept_again = math.inf
+            self._accept(wanted=True)
         if self._next_idle_look <= now:
             self._send_idle_away(now)
         if self._stop_deadline is not None and self._stop_deadline <= now:
@@ -261,7 +272,9 @@ class Server:
             except OSError as error:
                 _log.warning("accept: %s", error)
                 if self._connections:
-                    self._accept(wanted=False)  # goes on when a connection ends
+                    # Goes on when a connection ends, or after a while: others have descriptors to free, too.
+                    self._accept(wanted=False)
+                    self._accept_again = time.monotonic() + _ACCEPT_AGAIN_SECONDS
                 else:
                     time.sleep(0.1)  # out of descriptors with nobody to free one: do not spin
                 return

@@ -151,6 +151,9 @@ class Pools:
             del self._pools[id(export)]
             pool.close()
 
+    def busy_for(self, export: Export) -> bool:
+        return id(export) in self._pools and self._pools[id(export)][1].busy
+
     @property
     def busy(self) -> bool:
         return any(pool.busy for _, pool in self._pools.values())

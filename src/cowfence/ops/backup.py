@@ -170,7 +170,7 @@ def _take_back(disk: Qcow2Disk, plan: BackupPlan) -> None:
     if held.enabled and _bitmap(disk, new) is None:
         return
     later = _bitmap(disk, new)
-    if (later is None or later.inconsistent) and left_behind(disk, plan.name) is None:
+    if (later is None or later.inconsistent or not later.enabled) and left_behind(disk, plan.name) is None:
         raise Invalid(_unknown(new))
     disk.bitmaps.resume(old, new, plan.snapshot_name)
 

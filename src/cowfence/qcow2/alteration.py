@@ -68,12 +68,10 @@ class Alteration:
         if self._bitmaps is not None:
             self._bitmaps.moved(tables)
 
-    def after_resize(self, old_size_bytes: int) -> None:
-        """The disk has become longer or shorter, and the state has been read again: what is new of it counts as changed."""
+    def after_resize(self) -> None:
+        """The disk has become longer or shorter, and the state has been read again."""
         if self._bitmaps is not None:
             self._bitmaps.resized()
-            if self.state.size > old_size_bytes:
-                self._bitmaps.mark(old_size_bytes, self.state.size - old_size_bytes)
 
     def read(self, offset: int, length_bytes: int) -> bytearray:
         """What the guest would read; it waits at the gate meanwhile."""

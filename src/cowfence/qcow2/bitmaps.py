@@ -230,8 +230,8 @@ class Bitmaps:
     def resume(self, name: str, later: str, moment: str) -> None:
         """It records again as if it had never stopped, and ``later``, which has recorded instead, is removed; both at once.
 
-        Where ``later`` is missing or inconsistent, what is not as it was in the snapshot ``moment`` (by id or name) counts as
-        changed. Raises Invalid where there is none, with nothing changed.
+        Where ``later`` is missing or inconsistent, or has stopped (a later backup took over from it), what is not as it was in
+        the snapshot ``moment`` (by id or name) counts as changed. Raises Invalid where there is none, with nothing changed.
         """
         stored, other = self._find(name).entry.name, _stored_name(later)
         self._bits(self._find(name))
@@ -239,8 +239,9 @@ class Bitmaps:
         def resumed(held: dict[bytes, _Held]) -> dict[bytes, _Held]:
             old = self._bits(held[stored])
             bits = DirtyBits(old.granularity_bits, old.size_bytes, old.packed)
-            if other in held and held[other].usable:
-                bits.merge(self._bits(held[other]))
+            instead = held.get(other)
+            if instead is not None and instead.usable and instead.entry.flags & AUTO:
+                bits.merge(self._bits(instead))
             else:
                 self._mark_changed_since(moment, bits)
             left = {found: one for found, one in held.items() if found != other}
@@ -325,10 +326,13 @@ class Bitmaps:
                 held.entry = held.entry._replace(table_offset=tables[held.entry.table_offset])
 
     def resized(self) -> None:
-        """The disk has its new size."""
+        """The disk has its new size. What is new of it is dirty in each bitmap, also where that does not record: it may have
+        been cut off before, and with it the bits that said what was there."""
         for held in self._load().values():
             if held.bits is not None:
+                old_bytes = held.bits.size_bytes
                 held.bits.resize(self._state.size)
+                held.bits.mark(old_bytes, self._state.size - old_bytes)
 
     # Storing
 

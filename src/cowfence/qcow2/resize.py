@@ -85,11 +85,13 @@ def resize(
         _prepare_growth(alteration, size_bytes, preallocation, progress)
     alteration.transaction(lambda: state.pending.patch_header(*size_patch(size_bytes), "header.link"))
     alteration.read_again()
-    if size_bytes < old_bytes:
-        unlink_behind(alteration, size_bytes)
-        if state.geometry.external_data:
-            shorten(state.data, size_bytes)
-    alteration.after_resize(old_bytes)
+    try:
+        if size_bytes < old_bytes:
+            unlink_behind(alteration, size_bytes)
+            if state.geometry.external_data:
+                shorten(state.data, size_bytes)
+    finally:
+        alteration.after_resize()  # it has its new size, whatever became of the rest
 
 
 def _check(state: State, size_bytes: int) -> None:

@@ -14,6 +14,7 @@ from cowfence.disk.opener import Refs, printable
 from cowfence.errors import CowfenceError, Invalid, Unsupported
 from cowfence.nbd.export import Export
 from cowfence.ops.backup import BackupPlan, begin_backup, end_backup
+from cowfence.qcow2.dirty_bits import DirtyBits
 from cowfence.qcow2.encryption import Secrets
 from cowfence.qcow2.snapshot_table import Snapshot
 from cowfence.storage.file import FileStorage
@@ -50,7 +51,7 @@ class Backup:
             view = open_moment(
                 disk, path, plan.snapshot_name, refs=refs, secrets=secrets, assume_backing_format=assume_backing_format
             )
-            bitmaps = {} if plan.bitmap is None else {plan.bitmap: disk.bitmaps.bits_of(plan.bitmap).ranges}
+            bitmaps = {} if plan.bitmap is None else {plan.bitmap: _bits(disk, plan.bitmap, view.size).ranges}
         except BaseException:
             if view is not None:
                 view.close()
@@ -74,6 +75,17 @@ class Backup:
         except CowfenceError as error:
             self.failure = error
             raise
+
+
+def _bits(disk: cowfence.Qcow2Disk, bitmap: str, size_bytes: int) -> DirtyBits:
+    """A bitmap's bits for the disk as it was at the moment. It may have become smaller before the bitmap stopped: of what was
+    cut off nothing is known any more, so all of it is copied."""
+    bits = disk.bitmaps.bits_of(bitmap)
+    known_bytes = bits.size_bytes
+    if known_bytes < size_bytes:
+        bits.resize(size_bytes)
+        bits.mark(known_bytes, size_bytes - known_bytes)
+    return bits
 
 
 class Moment:

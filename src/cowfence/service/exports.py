@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 import cowfence
@@ -18,6 +19,8 @@ from cowfence.storage.file import FileStorage
 from cowfence.units import MIB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cowfence.disk.base import Disk
     from cowfence.disk.opener import Refs
     from cowfence.nbd.export import Ranges
@@ -183,6 +186,12 @@ def _steady(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> S
     return SteadyFile(file.fileno(), image.locate) if isinstance(file, FileStorage) else None
 
 
+def _dirty_ranges(image: cowfence.Qcow2Disk, bitmap: str, shift: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """``shift``: where the export begins in the disk, of which the bitmap tells."""
+    for at, length_bytes in image.bitmaps.bits_of(bitmap).ranges(shift + offset, shift + end):
+        yield at - shift, length_bytes
+
+
 def is_export_name(name: str) -> bool:
     """Whether clients can ask for it. Names of files and of snapshots may be any bytes."""
     try:
@@ -232,5 +241,5 @@ def _bitmaps(spec: ExportSpec, image: cowfence.Qcow2Disk | cowfence.RawDisk) -> 
             raise Invalid(f"Bitmap '{name}' is not found")
         check_bitmap_name(name)
         image.bitmaps.bits_of(name)  # raises where it is inconsistent
-        found[name] = lambda offset, end, name=name: image.bitmaps.bits_of(name).ranges(offset, end)  # type: ignore[misc]
+        found[name] = partial(_dirty_ranges, image, name, spec.offset)
     return found

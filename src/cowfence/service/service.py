@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import cowfence
 from cowfence.disk.opener import Refs
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_SOON_SECONDS: Final = 0.02
 
 
 def moment_name(export: str, snapshot: str) -> str:
@@ -253,8 +254,11 @@ class Service:
                 export.held.set()
 
             left_alone(export)
-            self._in_server(hold)
             try:
+                self._in_server(hold)
+                # What clients that are gone had asked for may still wait for a thread, and must not be done to the other disk.
+                while self._in_server(lambda: self.server.works_for(export)):
+                    time.sleep(_SOON_SECONDS)
                 yield
             finally:
                 export.held.clear()
@@ -310,12 +314,13 @@ class Service:
 
     def end_backup(self, name: str, *, failed: bool, of: str | None = None) -> None:
         """Give up what was kept for a backup; where it has ``failed``, its bitmaps become one again, else the old one goes.
-        ``of``: where it is no export any more, since its server died, the export of which it was a backup (default: any).
+        ``of``: the export of which it is, or was before its server died, a backup (default: any).
 
         Raises Invalid where there is no such backup, or it has clients, and as ``ops.backup.end_backup`` does.
         """
         with self._changing:
-            if name not in self.registry:
+            # One of this name may be going on of another export: that one is not meant.
+            if name not in self.registry or (of is not None and not self._is_backup_of(name, of)):
                 self._end_left_behind(name, [*self._plans] if of is None else [of], failed=failed)
                 return
             backup = self.registry.served(name)
@@ -327,6 +332,10 @@ class Service:
             self.registry.wait_until_closed(self._in_server(partial(self._take_away_unused, name, backup, failed=failed)))
             if backup.failure is not None:
                 raise backup.failure
+
+    def _is_backup_of(self, name: str, of: str) -> bool:
+        backup, opened = self.registry.served(name), self.registry.served(of)
+        return isinstance(backup, Backup) and isinstance(opened, OpenedExport) and backup.disk is opened.image
 
     def _end_left_behind(self, name: str, exports: Sequence[str], *, failed: bool) -> None:
         found: list[tuple[str, cowfence.Qcow2Disk, BackupPlan]] = []

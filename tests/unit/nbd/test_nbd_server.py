@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import select
 import socket
 import threading
@@ -534,3 +535,22 @@ def test_a_new_connection_does_not_get_the_event_of_one_whose_number_it_has(
         server.stop()
         thread.join(20)
     assert not misled
+
+
+def test_who_came_when_there_were_no_descriptors_gets_in_though_no_client_leaves(
+    server: Server, client: NbdDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client that is there may stay for months."""
+    monkeypatch.setattr("cowfence.nbd.server._ACCEPT_AGAIN_SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as late:
+        late.settimeout(5)
+        os.close(free := os.dup(late.fileno()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            late.connect(server.uri().partition("socket=")[2])
+            assert not select.select([late], [], [], 0.1)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert late.recv(8) == b"NBDMAGIC"
+    assert client.read(0, 4) == bytes(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 import cowfence
 from cowfence.errors import Invalid
+from cowfence.ops import backup as ops_backup
 from cowfence.ops.backup import BackupPlan, begin_backup, end_backup, left_behind, plan_of
 from cowfence.ops.diff import diff
 from cowfence.ops.resize import resize_disk
 from cowfence.qcow2.since import changed_since
 from cowfence.qcow2.snapshot_table import new_snapshot
+from cowfence.service.backup import Backup
 from cowfence.units import KIB, MIB
 
 SIZE = 8 * MIB
@@ -90,3 +93,50 @@ def test_a_backup_that_cannot_begin_changes_nothing(tmp_path: Path) -> None:
                 begin_backup(disk, plan)
             assert list(disk.bitmaps) == before
             assert not disk.snapshots()
+
+
+def test_a_backup_that_failed_after_the_next_one_began_has_all_that_was_written(tmp_path: Path) -> None:
+    """Its second bitmap stopped when the next backup took over, so it does not have what came after that."""
+    first, second = BackupPlan("x", "a", "b"), BackupPlan("y", "b", "c")
+    with cowfence.create(tmp_path / "disk.qcow2", SIZE) as disk:
+        disk.bitmaps.add("a")
+        disk.write(0, b"before")
+        begin_backup(disk, first)
+        disk.write(2 * MIB, b"between")
+        begin_backup(disk, second)
+        disk.write(5 * MIB, b"after")
+        end_backup(disk, first, failed=True)
+        assert [at for at, _ in disk.bitmaps.ranges("a")] == [0, 2 * MIB, 5 * MIB]
+        end_backup(disk, second, failed=False)
+        assert [(bitmap.name, bitmap.enabled) for bitmap in disk.bitmaps] == [("a", True), ("c", True)]
+
+
+def test_what_is_cut_off_and_grows_again_is_dirty_also_where_nothing_records(tmp_path: Path) -> None:
+    """What had been there is in the last backup, and the tables know nothing of it: they hold nothing there, now as at the
+    moment."""
+    plan, path = BackupPlan("tue", "mon", "tue"), tmp_path / "disk.qcow2"
+    with cowfence.create(path, SIZE) as disk:
+        disk.write(6 * MIB, b"saved")
+        disk.bitmaps.add("mon")
+        disk.discard(6 * MIB, MIB)
+        begin_backup(disk, plan)
+        resize_disk(disk, 4 * MIB, shrink=True)
+        resize_disk(disk, SIZE)
+        disk.bitmaps.add("other")  # stores the bits of mon
+        killed = Path(shutil.copy(path, tmp_path / "killed.qcow2"))
+    with cowfence.open(killed, writable=True) as disk:
+        end_backup(disk, plan, failed=True)
+        assert disk.bitmaps.ranges("mon") == [(4 * MIB, 4 * MIB)]
+
+
+def test_of_what_is_cut_off_while_a_backup_begins_all_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    with cowfence.create(path, SIZE) as disk:
+        disk.bitmaps.add("mon")
+        disk.write(6 * MIB, b"changed")
+        stop = ops_backup._stop
+        monkeypatch.setattr(ops_backup, "_stop", lambda disk, plan: (resize_disk(disk, 4 * MIB, shrink=True), stop(disk, plan)))
+        backup = Backup(BackupPlan("tue", "mon", "tue"), disk, str(path))
+        assert backup.export.disk.size == SIZE
+        assert list(backup.export.bitmaps["mon"](0, SIZE)) == [(4 * MIB, 4 * MIB)]
+        backup.close()

@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 
 import cowfence
+from cowfence.disk.base import BLOCKED, Disk, Outcome, Request
 from cowfence.errors import CowfenceError, Invalid
+from cowfence.nbd import workers
 from cowfence.nbd.client import NbdDisk, list_exports
+from cowfence.nbd.messages import Command
+from cowfence.ops.backup import BackupPlan, begin_backup
 from cowfence.ops.diff import diff
 from cowfence.ops.snapshot import apply_snapshot
 from cowfence.qcow2.snapshot_table import Snapshot
@@ -27,6 +31,7 @@ from cowfence.service.exports import ExportSpec
 from cowfence.service.live import LiveCommands
 from cowfence.service.service import Service
 from cowfence.units import KIB, MIB
+from helpers_nbd import BareClient
 
 SIZE = 4 * MIB
 
@@ -53,13 +58,19 @@ def serving(image: Path, **spec: Any) -> Iterator[Serving]:
     plan = ExportPlan(ExportSpec(str(image), "disk", commit_interval=None, **spec))
     with Service(ServiceConfig(ServerSettings(), (plan,))) as service:
         service.server.listen_unix(str(image) + ".sock")
-        thread = threading.Thread(target=service.server.serve_forever)
-        thread.start()
-        try:
-            yield Serving(service)
-        finally:
-            service.server.stop()
-            thread.join(20)
+        with running(service) as server:
+            yield server
+
+
+@contextmanager
+def running(service: Service) -> Iterator[Serving]:
+    thread = threading.Thread(target=service.server.serve_forever)
+    thread.start()
+    try:
+        yield Serving(service)
+    finally:
+        service.server.stop()
+        thread.join(20)
 
 
 @pytest.fixture
@@ -238,3 +249,62 @@ def test_what_a_kill_leaves_is_what_differs(tmp_path: Path) -> None:
     with cowfence.open(image) as now, cowfence.open(tmp_path / "before", format="raw") as then:
         changes = {change.start // (64 * KIB) for change in diff(then, now)}
     assert set(dirty(image, "mon")) == changes
+
+
+def test_what_a_client_that_is_gone_had_asked_for_is_not_done_to_another_disk(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writes may still wait for a thread of the pool when a snapshot is applied."""
+    asked, go_on = threading.Event(), threading.Event()
+    submit = workers.submit
+
+    def slow(disk: Disk, requests: list[Request], *, wait: bool) -> list[Outcome]:
+        asked.set()
+        assert go_on.wait(10)
+        return submit(disk, requests, wait=wait)
+
+    with serving(image) as server:
+        server.ctl("snapshot-create", name="then")
+        monkeypatch.setattr(workers, "submit", slow)  # of the pool; the loop has a name of its own for it
+        monkeypatch.setattr("cowfence.nbd.server.submit", lambda _disk, requests, **_: [BLOCKED] * len(requests))
+        client = BareClient(Path(str(image) + ".sock"), "disk")
+        client.send(Command.WRITE, length=4, data=b"late")
+        assert asked.wait(10)
+        client.sock.sendall(bytes(28))  # no request: the server closes the connection at once
+        assert client.closed_by_server()
+        applying = threading.Thread(target=server.ctl, args=("snapshot-apply",), kwargs={"name": "then"})
+        applying.start()
+        applying.join(0.3)
+        waits = applying.is_alive()
+        go_on.set()
+        assert waits
+        applying.join(10)
+        assert not applying.is_alive()
+    with cowfence.open(image) as disk:
+        assert disk.read(0, 4) == b"\1" * 4
+
+
+def test_the_backup_of_another_export_is_not_the_one_that_is_ended(image: Path) -> None:
+    """Where one of the same name goes on, what is said of another export must not call that one good."""
+    other = image.with_name("other.qcow2")
+    shutil.copy(image, other)
+    with cowfence.open(other, writable=True) as disk:
+        begin_backup(disk, BackupPlan("tue", "mon", "tue"))
+    plans = tuple(ExportPlan(ExportSpec(str(path), path.stem, commit_interval=None)) for path in (image, other))
+    with Service(ServiceConfig(ServerSettings(), plans)) as service, running(service) as server:
+        server.ctl("backup-begin", export="disk", name="tue", bitmap="mon", next_bitmap="tue")
+        server.ctl("backup-end", name="tue", export="other")
+        assert [one["name"] for one in server.ctl("bitmap-list", export="other")] == ["tue"]
+        assert [one["name"] for one in server.ctl("bitmap-list", export="disk")] == ["mon", "tue"]
+        for export in ("other", "tue"):
+            with pytest.raises(Invalid, match="no backup"):
+                server.ctl("backup-end", name="tue", export=export)
+        server.ctl("backup-end", name="tue", export="disk")
+        assert [one["name"] for one in server.ctl("bitmap-list", export="disk")] == ["tue"]
+
+
+def test_the_bitmap_of_an_export_that_begins_at_an_offset(image: Path) -> None:
+    with serving(image, bitmaps=("mon",), offset=48 * KIB) as server:
+        export = server.service.registry["disk"]
+        assert export.status(2, 0, MIB) == [(16 * KIB, 0), (64 * KIB, 1), (MIB - 80 * KIB, 0)]
+        assert export.status(2, 32 * KIB, 4 * KIB) == [(4 * KIB, 1)]
