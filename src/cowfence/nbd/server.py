@@ -66,8 +66,8 @@ _TLS_RECEIVE_BYTES: Final = 256 * KIB
 _ROUNDS: Final = 4
 _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _NO_REPLIES: Final[Sequence[Reply | Part]] = ()
-_READS_OF_A_JOB: Final = 8
 _ACCEPT_AGAIN_SECONDS: Final = 1.0
+_READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
 

@@ -134,8 +134,13 @@ def test_of_what_is_cut_off_while_a_backup_begins_all_is_copied(tmp_path: Path, 
     with cowfence.create(path, SIZE) as disk:
         disk.bitmaps.add("mon")
         disk.write(6 * MIB, b"changed")
-        stop = ops_backup._stop
-        monkeypatch.setattr(ops_backup, "_stop", lambda disk, plan: (resize_disk(disk, 4 * MIB, shrink=True), stop(disk, plan)))
+        true_stop = ops_backup._stop
+
+        def stop(disk: cowfence.Qcow2Disk, plan: BackupPlan) -> None:
+            resize_disk(disk, 4 * MIB, shrink=True)
+            true_stop(disk, plan)
+
+        monkeypatch.setattr(ops_backup, "_stop", stop)
         backup = Backup(BackupPlan("tue", "mon", "tue"), disk, str(path))
         assert backup.export.disk.size == SIZE
         assert list(backup.export.bitmaps["mon"](0, SIZE)) == [(4 * MIB, 4 * MIB)]
