@@ -142,6 +142,10 @@ def _record_next(disk: Qcow2Disk, plan: BackupPlan) -> None:
         raise Invalid(_unknown(old))
     if not held.enabled:
         raise Invalid(f"bitmap {old!a} does not record")
+    for other in map(plan_of, disk.snapshots()):
+        # Ending that one would take this bitmap for its own, and what has changed since its moment for what it had.
+        if other is not None and other.name != plan.name and new in (other.bitmap, other.next_bitmap):
+            raise Invalid(f"the backup {other.name!a}, which has a bitmap {new!a}, has not been ended")
     disk.bitmaps.add(new, granularity_bytes=held.granularity_bytes)
 
 

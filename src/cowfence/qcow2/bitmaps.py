@@ -17,6 +17,7 @@ are kept, and marked in use if they should record. A directory that cannot be re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -97,6 +98,9 @@ class Bitmaps:
     def __init__(self, state: State, alter: Altering | None) -> None:
         self._state = state
         self._alter = alter
+        self._reading = threading.RLock()
+        """Several threads may come first; what one of them has read must not take the place of what records already. Nothing
+        else is locked inside of it."""
         self._held: dict[bytes, _Held] | None = None
         self._recording: list[DirtyBits] = []
         """The bits of the enabled ones, once their marks are durable."""
@@ -115,9 +119,11 @@ class Bitmaps:
             return list(self._bits(held).ranges())
 
     def _load(self) -> dict[bytes, _Held]:
-        if self._held is None:
-            self._held = {entry.name: _Held(entry, inconsistent=bool(entry.flags & IN_USE)) for entry in _entries(self._state)}
-        return self._held
+        with self._reading:
+            if self._held is None:
+                entries = _entries(self._state)
+                self._held = {entry.name: _Held(entry, inconsistent=bool(entry.flags & IN_USE)) for entry in entries}
+            return self._held
 
     def _find(self, name: str) -> _Held:
         held = self._load().get(_stored_name(name))
@@ -130,9 +136,10 @@ class Bitmaps:
             raise Invalid(f"{self._state.storage.name}: bitmap {held.entry.text!a} is inconsistent; it can only be removed")
         if not held.usable:
             raise Unsupported(self._state.storage.name, f"bitmap {held.entry.text!a}: its kind or its extra data")
-        if held.bits is None:
-            held.bits = _read_bits(self._state, held.entry)
-        return held.bits
+        with self._reading:
+            if held.bits is None:
+                held.bits = _read_bits(self._state, held.entry)
+            return held.bits
 
     # Recording
 

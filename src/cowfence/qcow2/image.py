@@ -490,7 +490,11 @@ class Qcow2Disk:
         if self._bitmaps is None:
             from cowfence.qcow2.bitmaps import Bitmaps  # It needs numpy, and few images have any.
 
-            self._bitmaps = Bitmaps(self._state, self.alter if self._writable else None)
+            # The first write and a command may come at once: with two of them, one would not know what the other records.
+            with self._lock:
+                if self._bitmaps is None:
+                    self._bitmaps = Bitmaps(self._state, self.alter if self._writable else None)
+                return self._bitmaps
         return self._bitmaps
 
     def alter(self, body: Callable[[Alteration], T]) -> T:

@@ -145,3 +145,17 @@ def test_of_what_is_cut_off_while_a_backup_begins_all_is_copied(tmp_path: Path, 
         assert backup.export.disk.size == SIZE
         assert list(backup.export.bitmaps["mon"](0, SIZE)) == [(4 * MIB, 4 * MIB)]
         backup.close()
+
+
+def test_a_bitmap_of_a_backup_that_was_not_wholly_ended_is_not_made_anew(tmp_path: Path) -> None:
+    """Its moment is still there; after a kill, its end would tell by that what a bitmap had that began later."""
+    left = BackupPlan("x", "a", "b")
+    with cowfence.create(tmp_path / "disk.qcow2", SIZE) as disk:
+        disk.bitmaps.add("a")
+        begin_backup(disk, left)
+        disk.bitmaps.hand_over("a", "b", left.snapshot_name)  # the first step of its end
+        for bitmap in ("a", "b"):
+            with pytest.raises(Invalid, match="'x'"):
+                begin_backup(disk, BackupPlan("y", "b", bitmap))
+        end_backup(disk, left, failed=False)
+        begin_backup(disk, BackupPlan("y", "b", "a"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -73,3 +76,43 @@ def test_a_disk_of_another_size_has_a_table_of_another_length(image: Path) -> No
         resize_disk(disk, SIZE, shrink=True)
     with cowfence.open(image) as disk:
         assert disk.bitmaps.ranges("b")[-1] == (SIZE // 2 - 8 * KIB, 4 * KIB)
+
+
+@pytest.mark.parametrize(
+    ("where", "command"),
+    [
+        ("Bitmaps.__init__", lambda disk: disk.bitmaps.add("other")),
+        ("_entries", lambda disk: disk.bitmaps.add("other")),
+        ("_entries", lambda disk: list(disk.bitmaps)),
+        ("_read_bits", lambda disk: disk.bitmaps.enable("mon")),
+    ],
+)
+def test_a_command_that_comes_with_the_first_write_does_not_stop_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, command: Callable[[cowfence.Qcow2Disk], object]
+) -> None:
+    """Both look at what is on disk, one of them slowly."""
+    path = tmp_path / "disk.qcow2"
+    with cowfence.create(path, 4 * MIB) as disk:
+        disk.bitmaps.add("mon")
+    target = f"cowfence.qcow2.bitmaps.{where}"
+    function = resolve_name(target.replace("bitmaps.", "bitmaps:", 1))
+    looked, written = threading.Event(), threading.Event()
+
+    def slowly(*args: object, **keywords: object) -> object:
+        found = function(*args, **keywords)
+        if threading.current_thread() is slow and not looked.is_set():
+            looked.set()
+            written.wait(0.3)
+        return found
+
+    monkeypatch.setattr(target, slowly)
+    with cowfence.open(path, writable=True) as disk:
+        slow = threading.Thread(target=command, args=(disk,))
+        slow.start()
+        assert looked.wait(10)
+        disk.write(0, b"first")
+        written.set()
+        slow.join(10)
+        disk.write(2 * MIB, b"second")
+    with cowfence.open(path) as disk:
+        assert [at for at, _ in disk.bitmaps.ranges("mon")] == [0, 2 * MIB]
