@@ -66,7 +66,8 @@ class Limits:
 @dataclass(eq=False, slots=True)
 class Connection:
     """One client. ``transmission`` and ``export`` are there once the handshake is over. ``heard``: when something
-    came from it last, where that is limited. ``steady``: the file that its long reads are answered from, where that pays."""
+    came from it last, where that is limited. ``steady``: the file that its long reads are answered from, where that pays.
+    ``waits``: nothing of it is done before what clients that are gone had asked for (see ``Pools.abandon``)."""
 
     sock: socket.socket
     fd: int
@@ -83,6 +84,7 @@ class Connection:
     jobs_bytes: int = 0
     heard: float = 0.0
     interest: int = select.EPOLLIN
+    waits: bool = False
     leaving: bool = False
     closed: bool = False
 

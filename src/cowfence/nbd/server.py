@@ -15,6 +15,9 @@ time are closed, so that idle ones cannot keep others out for ever.
 **Flush.** A FLUSH covers every write whose reply was sent before, on any connection to the export: such a write has been
 acknowledged by the one disk that they share, and ``Disk.flush`` covers all that. Hence CAN_MULTI_CONN.
 
+**Coming again.** What a lost client had asked for may still wait for a disk. New clients of that export wait until it is done:
+QEMU repeats its requests on a new connection and goes on, and an old write must not land on top of a newer one.
+
 **Stopping.** ``stop`` may be called from any thread and from a signal handler. New requests are then answered ESHUTDOWN,
 those in flight are finished and answered, and ``serve_forever`` returns when all connections are closed; clients that do
 not take their replies are cut off after a time, but never before the disk has finished with their requests. The disks
@@ -51,7 +54,7 @@ from cowfence.nbd.transmission import (
     ServerTransmission,
 )
 from cowfence.nbd.uri import NbdUri
-from cowfence.nbd.workers import Bell, Job, Pools, is_fence, submit
+from cowfence.nbd.workers import Bell, Job, Pools, in_parts, is_fence, submit
 from cowfence.units import KIB
 
 __all__ = ["Limits", "Server"]
@@ -67,9 +70,6 @@ _ROUNDS: Final = 4
 _WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _NO_REPLIES: Final[Sequence[Reply | Part]] = ()
 _ACCEPT_AGAIN_SECONDS: Final = 1.0
-_READS_OF_A_JOB: Final = 8
-"""Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
-waits for all; one to a job measured 26k a second, eight 30k."""
 
 
 class Server:
@@ -305,6 +305,7 @@ class Server:
         self._epoll.unregister(connection.fd)
         connection.close()
         if connection.export is not None:
+            self._pools.abandon(connection.export, connection.jobs)
             connection.export.stats.clients -= 1
             if not connection.export.stats.clients:
                 self._pools.let_go(connection.export)
@@ -355,6 +356,7 @@ class Server:
         return (
             connection.jobs < limits.client_requests
             and connection.jobs_bytes + connection.unsent_bytes < limits.client_bytes
+            and not connection.waits
             and not (connection.transmission is not None and connection.transmission.has_complete)
         )
 
@@ -395,6 +397,7 @@ class Server:
         )
         if connection.tls is None and connection.sock.family is socket.AF_UNIX:
             connection.steady = export.steady
+        connection.waits = self._pools.has_abandoned(export)
         connection.transmission.feed(handshake.trailing)
         self._serve(connection, connection.transmission)
 
@@ -465,7 +468,7 @@ class Server:
         limits, export = self._limits, connection.export
         assert export is not None  # set together with the transmission
         disk, stats, clock = export.disk, export.stats, time.perf_counter
-        while not connection.closed and connection.unsent_bytes < limits.client_unsent_bytes:
+        while not connection.closed and not connection.waits and connection.unsent_bytes < limits.client_unsent_bytes:
             room_requests = limits.client_requests - connection.jobs
             room_bytes = limits.client_bytes - connection.jobs_bytes - connection.unsent_bytes
             if room_requests <= 0 or room_bytes <= 0:
@@ -488,7 +491,8 @@ class Server:
                     if self._is_quick(connection) and not self._pools.of(export).busy:
                         blocked = self._wait_here(connection, disk, batch, blocked)
                     transmission.keep_data(batch, blocked)
-                    self._defer(connection, export, batch, blocked)
+                    for work in in_parts(batch, blocked):
+                        self._enqueue(connection, export, work)
                 stats.answered(wanted - len(blocked), clock() - began)
             for query in batch.queries:
                 self._enqueue(connection, export, query)
@@ -537,23 +541,6 @@ class Server:
             connection.transmission.answer_finally(batch.replies, alone, outcomes)
         return left
 
-    def _defer(self, connection: Connection, export: Export, batch: Batch, blocked: list[int]) -> None:
-        """Hand blocked requests to the pool: cold reads a few to a job, for handing over costs more than they do."""
-        reads = Batch()
-        for index in blocked:
-            request, cookie = batch.requests[index], batch.cookies[index]
-            job = reads if request.verb is Verb.READ else Batch()
-            job.undivided = batch.undivided
-            job.requests.append(request)
-            job.cookies.append(cookie)
-            if job is not reads:
-                self._enqueue(connection, export, job)
-            elif len(reads.requests) >= _READS_OF_A_JOB:
-                self._enqueue(connection, export, reads)
-                reads = Batch()
-        if reads.requests:
-            self._enqueue(connection, export, reads)
-
     def _enqueue(self, connection: Connection, export: Export, work: Batch | Query) -> None:
         requests, cost_bytes = 1, 0
         if isinstance(work, Batch):
@@ -568,12 +555,15 @@ class Server:
         while self._calls:
             self._calls.popleft()()
         ready: dict[int, tuple[Connection, list[Reply]]] = {}
+        outlived: list[Export] = []
         for job, outcomes, result, seconds in self._pools.take_done():
             job.export.stats.answered(job.requests, seconds)
             connection, transmission = job.connection, job.connection.transmission
             connection.jobs -= job.requests
             connection.jobs_bytes -= job.cost_bytes
             if connection.closed or transmission is None:
+                if self._pools.outlive(job):
+                    outlived.append(job.export)
                 self._pools.let_go(job.export)
                 continue
             _, replies = ready.setdefault(connection.fd, (connection, []))
@@ -588,3 +578,8 @@ class Server:
             if not connection.closed and connection.transmission is not None:
                 self._serve(connection, connection.transmission)
             self._settle(connection)
+        for connection in list(self._connections.values()) if outlived else ():
+            if connection.waits and connection.export in outlived and connection.transmission is not None:
+                connection.waits = False
+                self._serve(connection, connection.transmission)
+                self._settle(connection)

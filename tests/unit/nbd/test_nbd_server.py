@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cowfence.nbd.connection import Connection, Pace
 from cowfence.nbd.export import Export
 from cowfence.nbd.messages import Command, CommandFlag, NbdErrno
 from cowfence.nbd.server import Limits, Server
+from cowfence.storage.base import Buffer
 from cowfence.units import MIB
 from helpers_nbd import BareClient, serving
 from helpers_storage import TinyStorage
@@ -123,6 +124,38 @@ def test_what_is_flushed_by_one_client_was_written_by_another(server: Server, st
         one.write(0, b"x")
         other.flush()
         assert storage.fences == 1
+
+
+@pytest.mark.usefixtures("server")
+def test_who_comes_again_is_not_overtaken_by_what_it_had_asked_for(tmp_path: Path, storage: TinyStorage) -> None:
+    """A write that waits for the host when its client goes is done before anything of those that come after; who was there
+    already does not wait."""
+    gate, arrived = threading.Event(), threading.Event()
+    writev = storage.writev
+
+    def waits(offset: int, buffers: Sequence[Buffer], mark: str) -> None:
+        if not arrived.is_set():
+            arrived.set()
+            gate.wait(10)
+        writev(offset, buffers, mark)
+
+    with BareClient(tmp_path / "sock") as other:
+        with BareClient(tmp_path / "sock") as gone:
+            storage.writev = waits  # type: ignore[method-assign]
+            gone.send(Command.WRITE, length=4, flags=CommandFlag.FUA, data=b"past")
+            assert arrived.wait(10)
+        for _ in range(2):  # the first may be answered in the round in which the server hears that the other one is gone
+            assert other.ask(Command.READ, offset=8, length=1) == (1, 0, b"\0")
+        with BareClient(tmp_path / "sock") as again:
+            again.send(Command.WRITE, length=4, data=b"next")
+            again.sock.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                again.reply()
+            again.sock.settimeout(10)
+            gate.set()
+            assert again.reply() == (1, 0, b"")
+            assert again.ask(Command.READ, length=4) == (1, 0, b"next")
+        assert storage.bytes[:4] == b"next"
 
 
 def test_which_fences_are_waited_for_in_the_loop() -> None:
