@@ -213,7 +213,7 @@ def test_fork_under_load(tmp_path: Path) -> None:
 
     def fork_often(_: int) -> None:
         try:
-            for _ in range(8):
+            for _ in range(5):
                 assert in_child(disk, use_in_every_way) == []
         finally:
             ended.set()

@@ -304,7 +304,7 @@ def test_an_operation_inside_each_fence_then_a_kill(name: str, inner: Operation)
     assert first_wrong(run) is None
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("COWFENCE_KEEPER_WALKS", "40"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("COWFENCE_KEEPER_WALKS", "28"))))
 def test_a_walk_killed_anywhere(seed: int) -> None:
     rng = random.Random(seed)
     content = rng.choice([image(), USED, SHARED, PACKED, NEARLY_FULL, image(1), image(4)])
