@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     begin.add_argument("--next-bitmap", metavar="NEW", help="it records from now on, for the next backup")
     begin.add_argument("name")
     end = verb("backup-end", "give up what was kept for a backup, also for one whose server died", export=False)
-    end.add_argument("-x", "--export", metavar="NAME", help="where its server died: of which export it was")
+    end.add_argument("-x", "--export", metavar="NAME", help="of which export it is, or was when its server died")
     end.add_argument(
         "--failed", action="store_true", help="OLD records again, with all that has changed meanwhile; else OLD is removed"
     )

@@ -21,10 +21,13 @@ from contextlib import suppress
 from typing import Final
 
 from cowfence.storage.host import is_cached
+from cowfence.units import KIB
 
-LEAST_BYTES: Final = 64 * 1024
+LEAST_BYTES: Final = 64 * KIB
 """Shorter reads are cheaper copied."""
 PATIENCE_SECONDS: Final = 10.0
+MOST_LEFT: Final = 100
+"""Clients that are gone and have not read everything: each costs a descriptor, and no limit of connections counts them."""
 
 
 class FilePart:
@@ -71,12 +74,13 @@ class SteadyFile:
         return FilePart(self._fd, place, length_bytes)
 
     def let_go(self, sock: socket.socket) -> None:
-        """A client has no more business here: its socket says so, and is closed once all is read, or by ``settle``."""
-        self._left = [other for other in self._left if not _closed_when_read(other)]
+        """A client has no more business here: its socket says so, and is closed once all is read, or by ``settle``. Where too
+        many have left things unread, those that went first are not waited for."""
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        if not _closed_when_read(sock):
-            self._left.append(sock)
+        self._left = [other for other in (*self._left, sock) if not _closed_when_read(other)]
+        while len(self._left) > MOST_LEFT:
+            self._left.pop(0).close()
 
     def settle(self) -> None:
         """Before the file is let go: wait until what was sent has been read, for ``PATIENCE_SECONDS`` at most."""

@@ -288,3 +288,26 @@ def test_nobody_is_waited_for_for_ever(tmp_path: Path, content: bytes, monkeypat
     opened.close()
     assert 0.15 < time.monotonic() - began < 5
     stalled.sock.close()
+
+
+def test_who_leaves_things_unread_costs_no_end_of_descriptors(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks, says goodbye and reads nothing: no limit of connections would hold that back."""
+    (tmp_path / "raw").write_bytes(content)
+    monkeypatch.setattr(steady, "MOST_LEFT", 3)
+    monkeypatch.setattr(steady, "PATIENCE_SECONDS", 0.1)
+    opened = _opened(tmp_path / "raw", "raw")
+    with serving(tmp_path, {"": opened.export}) as server:
+        before = len(os.listdir("/proc/self/fd"))
+        rude = [BareClient(tmp_path / "sock") for _ in range(8)]
+        for bare in rude:
+            bare.send(Command.READ, offset=MIB, length=CLUSTER)
+            bare.send(Command.DISC)
+        end = time.monotonic() + 10
+        while server._connections and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) == before + len(rude) + 3
+    opened.close()
+    for bare in rude:
+        bare.sock.close()
