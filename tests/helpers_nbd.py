@@ -1,10 +1,11 @@
-"""A server in a thread, and a bare socket that has gone through the handshake."""
+"""A server in a thread, a bare socket that has gone through the handshake, and the patience that both ask for."""
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,14 @@ from cowfence.nbd.messages import (
 )
 from cowfence.nbd.negotiation import Negotiated
 from cowfence.nbd.server import Limits, Server
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait until ``condition`` holds; fails with ``what`` where it does not within ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
 
 
 @contextmanager

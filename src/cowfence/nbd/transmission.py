@@ -27,6 +27,7 @@ import numpy as np
 from cowfence.disk.base import BLOCKED, Outcome, Request, Verb
 from cowfence.errors import CowfenceError, Invalid, NoSpace, ReadOnly
 from cowfence.nbd.framing import FRAMINGS, Descriptors, Style
+from cowfence.nbd.inbox import USUAL_BYTES, Inbox
 from cowfence.nbd.messages import (
     PAYLOAD_MAX_BYTES,
     Buffer,
@@ -37,7 +38,7 @@ from cowfence.nbd.messages import (
     decode_status_query,
 )
 from cowfence.nbd.messages import TransmissionFlag as Flag
-from cowfence.units import KIB, MIB
+from cowfence.units import KIB
 
 
 class Part(Protocol):
@@ -52,8 +53,6 @@ QueryResult: TypeAlias = list[tuple[int, Descriptors]] | CowfenceError | None
 
 _STATUS_QUERY_MAX_BYTES: Final = 4 * KIB
 _SKIP_MAX_BYTES: Final = 2 * PAYLOAD_MAX_BYTES
-_BUFFER_BYTES: Final = 256 * KIB
-_BUFFER_KEEP_BYTES: Final = 4 * MIB
 _SPLIT_BYTES: Final = 32 * KIB
 """Zeros are looked for in the data of READs from this length on."""
 _BLOCK_BYTES: Final = 4 * KIB
@@ -98,10 +97,11 @@ class Batch:
     """The requests that stood complete in the receive buffer.
 
     ``requests[i]`` has the cookie ``cookies[i]``. ``replies`` are answers already given, ``queries`` ask for what
-    ``Disk.submit`` does not know. ``undivided``: cookies of READs whose reply must be one chunk.
+    ``Disk.submit`` does not know. ``undivided``: cookies of READs whose reply must be one chunk. ``payload_bytes``: the data of
+    its WRITEs. ``lent``: the receive buffer in which that stands, where it has been lent.
     """
 
-    __slots__ = ("cookies", "queries", "replies", "requests", "undivided")
+    __slots__ = ("cookies", "lent", "payload_bytes", "queries", "replies", "requests", "undivided")
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -109,6 +109,8 @@ class Batch:
         self.queries: list[Query] = []
         self.replies: list[Reply] = []
         self.undivided: set[int] = set()
+        self.payload_bytes = 0
+        self.lent: bytearray | None = None
 
 
 class ServerTransmission:
@@ -137,10 +139,7 @@ class ServerTransmission:
         self._block_bytes = block_bytes
         self._contexts = contexts
         self._skip_bytes = 0
-        self._buffer = bytearray(_BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
-        self._start = 0
-        self._end = 0
+        self._inbox = Inbox()
         self._header_bytes = self._framing.request.size
         self._magic_bytes = self._framing.request_magic.to_bytes(4, "big")
         self._need_bytes = self._header_bytes
@@ -153,45 +152,37 @@ class ServerTransmission:
         """True if the last ``next_batch`` stopped at its bounds and not at the end of what has arrived."""
         return self._fuller
 
+    @property
+    def lacks_payload(self) -> bool:
+        """True if nothing can be done before more of a payload has arrived."""
+        inbox = self._inbox
+        return inbox.end - inbox.start < self._need_bytes > self._header_bytes and not self.stopping
+
+    @property
+    def has_more(self) -> bool:
+        """True if something has arrived that the last batch did not have: the client does not wait for its replies."""
+        return self._inbox.end > self._inbox.start
+
     def space(self) -> memoryview:
         """Where the next receive puts its bytes; never empty."""
-        start, end = self._start, self._end
-        if start == end:
-            self._start = self._end = start = end = 0
-            if len(self._view) > _BUFFER_KEEP_BYTES and self._need_bytes <= _BUFFER_BYTES:
-                self._replace_buffer(_BUFFER_BYTES)
-        capacity = len(self._view)
-        if capacity - start < self._need_bytes or end == capacity:
-            if capacity < self._need_bytes:
-                capacity = max(self._need_bytes + self._header_bytes, 2 * capacity)
-                self._replace_buffer(capacity)
-            else:
-                self._view[: end - start] = bytes(self._view[start:end])
-                self._start, self._end = 0, end - start
-        return self._view[self._end :]
-
-    def _replace_buffer(self, capacity_bytes: int) -> None:
-        left = self._view[self._start : self._end]
-        self._buffer = bytearray(capacity_bytes)
-        self._view = memoryview(self._buffer)
-        self._view[: len(left)] = left
-        self._start, self._end = 0, len(left)
+        return self._inbox.space(self._need_bytes, self._header_bytes)
 
     def received(self, count: int) -> None:
         """``count`` bytes were received into ``space()``."""
-        self._end += count
-        if self._skip_bytes:
-            skipped = min(self._skip_bytes, self._end - self._start)
-            self._skip_bytes -= skipped
-            self._start += skipped
+        self._inbox.end += count
+        self._skip()
 
     def feed(self, data: Buffer) -> None:
         """Bytes that arrived by another way than ``space()``: those that came together with the handshake's last."""
-        if len(self._view) - self._end < len(data):
-            # Room for all that is waited for: else each piece of a long payload would copy what is there of it.
-            self._replace_buffer(max(_BUFFER_BYTES, self._need_bytes, self._end - self._start) + len(data))
-        self._view[self._end : self._end + len(data)] = data
-        self.received(len(data))
+        self._inbox.put(data, self._need_bytes)
+        self._skip()
+
+    def _skip(self) -> None:
+        if self._skip_bytes:
+            inbox = self._inbox
+            skipped = min(self._skip_bytes, inbox.end - inbox.start)
+            self._skip_bytes -= skipped
+            inbox.start += skipped
 
     def keep_data(self, batch: Batch, kept: Iterable[int]) -> None:
         """Take the data of the WRITEs at these indices out of the receive buffer, for they are answered later.
@@ -200,11 +191,29 @@ class ServerTransmission:
         """
         requests = batch.requests
         writes = [index for index in kept if requests[index].verb is _VERB_WRITE]
-        if sum(requests[index].length_bytes for index in writes) > _BUFFER_BYTES:
-            self._replace_buffer(max(_BUFFER_BYTES, self._need_bytes, self._end - self._start))
+        if sum(requests[index].length_bytes for index in writes) > USUAL_BYTES:
+            self._inbox.leave(self._need_bytes)
             return
         for index in writes:
             requests[index] = requests[index]._replace(data=bytes(requests[index].data))
+
+    def lend_data(self, batch: Batch) -> Batch | None:
+        """The WRITEs of a batch, which leave it, with the receive buffer in which their data stands; None where one of them is
+        to be flushed, too. ``take_back`` it when it is answered."""
+        writes, both = Batch(), list(zip(batch.requests, batch.cookies, strict=True))
+        writes.requests = [request for request in batch.requests if request.verb is _VERB_WRITE]
+        if any(request.fua for request in writes.requests):
+            return None
+        writes.cookies = [cookie for request, cookie in both if request.verb is _VERB_WRITE]
+        batch.cookies = [cookie for request, cookie in both if request.verb is not _VERB_WRITE]
+        batch.requests = [request for request in batch.requests if request.verb is not _VERB_WRITE]
+        writes.lent = self._inbox.lend()
+        return writes
+
+    def take_back(self, batch: Batch) -> None:
+        """A batch of ``lend_data`` has been answered."""
+        if batch.lent is not None:
+            self._inbox.take_back(batch.lent)
 
     # --- requests ---
 
@@ -217,13 +226,15 @@ class ServerTransmission:
         if self.disconnecting or self._skip_bytes:
             self._fuller = False
             return batch
-        requests, cookies, view = batch.requests, batch.cookies, self._view
+        inbox = self._inbox
+        requests, cookies, view = batch.requests, batch.cookies, inbox.view
         add_request, add_cookie = requests.append, cookies.append
         framing, header_bytes = self._framing, self._header_bytes
         unpack_from, make, request_type = framing.request.unpack_from, tuple.__new__, Request
         size_bytes, plain, expected = self._size_bytes, not self.stopping, framing.request_magic
         write_flags = _FUA | framing.payload_flag if self._writable and plain else -1
-        position, end = self._start, self._end
+        position, end = inbox.start, inbox.end
+        payload_bytes = 0
         last_header = end - header_bytes
         left = requests_max
         need_bytes = header_bytes
@@ -250,6 +261,7 @@ class ServerTransmission:
                     add_request(make(request_type, (_VERB_WRITE, offset, length_bytes, data, bool(flags & _FUA), True)))
                     add_cookie(cookie)
                     position = data_end
+                    payload_bytes += length_bytes
                     left -= 1
                     bytes_max -= length_bytes
                     continue
@@ -259,9 +271,9 @@ class ServerTransmission:
                 break
             position += header_bytes
             left -= 1
-            self._start = position
+            inbox.start = position
             self._other(batch, flags, command, cookie, offset, length_bytes)
-            position = self._start
+            position = inbox.start
             if self.disconnecting or self._skip_bytes:
                 break
             if command == Command.READ:
@@ -269,23 +281,25 @@ class ServerTransmission:
         if 4 <= end - position < header_bytes and view[position : position + 4] != self._magic_bytes and not self.disconnecting:
             # Otherwise a peer that speaks something shorter would wait with us for the rest of a header.
             raise ProtocolError("request: wrong magic")
-        self._start = position
+        inbox.start = position
+        batch.payload_bytes = payload_bytes
         self._need_bytes = need_bytes
         self._fuller = left <= 0 or bytes_max <= 0
         return batch
 
     def _other(self, batch: Batch, flags: int, command: int, cookie: int, offset: int, length_bytes: int) -> None:
-        """One request whose header ends at ``_start`` and that is not on the hot path: refuse it, or translate it."""
+        """One request whose header ends at the inbox's start and that is not on the hot path: refuse it, or translate it."""
         if command == Command.DISC:
             self.disconnecting = True
             return
+        inbox = self._inbox
         payload_bytes = self._payload_bytes(flags, command, length_bytes)
         contexts = self._contexts
         refusal: tuple[int, str] | None = None
         if payload_bytes:
             if command == Command.BLOCK_STATUS and payload_bytes <= _STATUS_QUERY_MAX_BYTES:
                 try:
-                    length_bytes, contexts = decode_status_query(self._view[self._start : self._start + payload_bytes])
+                    length_bytes, contexts = decode_status_query(inbox.view[inbox.start : inbox.start + payload_bytes])
                 except ProtocolError as error:
                     refusal = NbdErrno.EINVAL, str(error)
                 else:
@@ -294,8 +308,8 @@ class ServerTransmission:
             elif command != Command.WRITE:
                 refusal = NbdErrno.EINVAL, "this request takes no payload"
             # A payload that is not used is dropped as it arrives, without being stored.
-            present = min(payload_bytes, self._end - self._start)
-            self._start += present
+            present = min(payload_bytes, inbox.end - inbox.start)
+            inbox.start += present
             self._skip_bytes = payload_bytes - present
         refusal = refusal or self._refusal(flags, command, offset, length_bytes)
         if refusal is not None:

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _CACHE_STEP_BYTES: Final = MIB
 _CACHE_MOST_BYTES: Final = GIB
+_WITH_DATA: Final = (Verb.READ, Verb.WRITE)
 _READS_OF_A_JOB: Final = 8
 """Cold reads handed to a thread together. Trying them without waiting has already set the host reading, so the first of them
 waits for all; one to a job measured 26k a second, eight 30k."""
@@ -41,6 +42,13 @@ class Job(NamedTuple):
     work: Batch | Query
     requests: int
     cost_bytes: int
+
+    @classmethod
+    def of(cls, connection: Connection, export: Export, work: Batch | Query) -> Job:
+        if isinstance(work, Query):
+            return cls(connection, export, work, 1, 0)
+        cost_bytes = sum(request.length_bytes for request in work.requests if request.verb in _WITH_DATA)
+        return cls(connection, export, work, len(work.requests), cost_bytes)
 
 
 class Done(NamedTuple):
@@ -129,6 +137,30 @@ class Workers:
             self._bell.ring()
 
 
+class Pool(NamedTuple):
+    """The threads of one export. ``writer`` is a single one, for writes whose receive buffer was lent: the long ones. Two of
+    them in one file get in each other's way in the host: three quarters of what goes through with one."""
+
+    export: Export
+    workers: Workers
+    writer: Workers
+
+    @property
+    def busy(self) -> bool:
+        return self.workers.busy or self.writer.busy
+
+    def submit(self, job: Job) -> None:
+        is_lent = isinstance(job.work, Batch) and job.work.lent is not None
+        (self.writer if is_lent else self.workers).submit(job)
+
+    def take_done(self) -> list[Done]:
+        return self.workers.take_done() + self.writer.take_done()
+
+    def close(self) -> None:
+        self.workers.close()
+        self.writer.close()
+
+
 class Pools:
     """A pool for each export that is used: one whose disk is slow takes no threads from others. Nothing is kept of those that
     nobody uses any more, for exports come and go. Used by the loop's thread."""
@@ -136,23 +168,23 @@ class Pools:
     def __init__(self, most: int, bell: Bell) -> None:
         self._most = most
         self._bell = bell
-        self._pools: dict[int, tuple[Export, Workers]] = {}
+        self._pools: dict[int, Pool] = {}
         self._abandoned: Counter[int] = Counter()
         """By the id of an export: requests in its pool whose client is gone."""
 
     def __len__(self) -> int:
         return len(self._pools)
 
-    def of(self, export: Export) -> Workers:
+    def of(self, export: Export) -> Pool:
         """The pool of an export; it is made where there is none."""
-        held = self._pools.get(id(export))
-        if held is None:
-            held = self._pools[id(export)] = export, Workers(self._most, self._bell)
-        return held[1]
+        pool = self._pools.get(id(export))
+        if pool is None:
+            pool = self._pools[id(export)] = Pool(export, Workers(self._most, self._bell), Workers(1, self._bell))
+        return pool
 
     def let_go(self, export: Export) -> None:
         """Forget the pool of an export that has neither clients nor jobs."""
-        _, pool = self._pools.get(id(export), (export, None))
+        pool = self._pools.get(id(export))
         if pool is not None and not export.stats.clients and not pool.busy:
             del self._pools[id(export)]
             pool.close()
@@ -175,18 +207,18 @@ class Pools:
         return self._abandoned[id(export)] > 0
 
     def busy_for(self, export: Export) -> bool:
-        return id(export) in self._pools and self._pools[id(export)][1].busy
+        return id(export) in self._pools and self._pools[id(export)].busy
 
     @property
     def busy(self) -> bool:
-        return any(pool.busy for _, pool in self._pools.values())
+        return any(pool.busy for pool in self._pools.values())
 
     def take_done(self) -> list[Done]:
-        return [done for _, pool in self._pools.values() for done in pool.take_done()]
+        return [done for pool in self._pools.values() for done in pool.take_done()]
 
     def close(self) -> None:
         """Wait for all jobs and end the threads."""
-        for _, pool in self._pools.values():
+        for pool in self._pools.values():
             pool.close()
 
 

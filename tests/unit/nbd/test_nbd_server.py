@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cowfence.nbd.messages import Command, CommandFlag, NbdErrno
 from cowfence.nbd.server import Limits, Server
 from cowfence.storage.base import Buffer
 from cowfence.units import MIB
-from helpers_nbd import BareClient, serving
+from helpers_nbd import BareClient, eventually, serving
 from helpers_storage import TinyStorage
 
 SIZE = 4 * MIB
@@ -49,13 +49,6 @@ def server(tmp_path: Path, storage: TinyStorage) -> Iterator[Server]:
 def client(server: Server) -> Iterator[NbdDisk]:
     with NbdDisk(server.uri()) as disk:
         yield disk
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
 
 
 def test_a_disk_through_the_wire(client: NbdDisk, storage: TinyStorage) -> None:

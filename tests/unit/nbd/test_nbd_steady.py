@@ -25,7 +25,7 @@ from cowfence.nbd.steady import FilePart, SteadyFile
 from cowfence.service.exports import ExportSpec, OpenedExport
 from cowfence.storage.host import is_cached
 from cowfence.units import KIB, MIB
-from helpers_nbd import BareClient, serving
+from helpers_nbd import BareClient, eventually, serving
 from judges import run
 
 SIZE = 16 * MIB
@@ -298,16 +298,24 @@ def test_who_leaves_things_unread_costs_no_end_of_descriptors(
     monkeypatch.setattr(steady, "MOST_LEFT", 3)
     monkeypatch.setattr(steady, "PATIENCE_SECONDS", 0.1)
     opened = _opened(tmp_path / "raw", "raw")
-    with serving(tmp_path, {"": opened.export}) as server:
-        before = len(os.listdir("/proc/self/fd"))
-        rude = [BareClient(tmp_path / "sock") for _ in range(8)]
-        for bare in rude:
-            bare.send(Command.READ, offset=MIB, length=CLUSTER)
-            bare.send(Command.DISC)
-        end = time.monotonic() + 10
-        while server._connections and time.monotonic() < end:
-            time.sleep(0.01)
-        assert len(os.listdir("/proc/self/fd")) == before + len(rude) + 3
+    assert opened.export.steady is not None
+    let_go = opened.export.steady.let_go
+    left: list[socket.socket] = []
+
+    def note(sock: socket.socket) -> None:
+        left.append(sock)
+        let_go(sock)
+
+    monkeypatch.setattr(opened.export.steady, "let_go", note)
+    rude = []
+    with serving(tmp_path, {"": opened.export}):
+        for number in range(8):
+            rude.append(BareClient(tmp_path / "sock"))
+            rude[-1].send(Command.READ, offset=MIB, length=CLUSTER)
+            rude[-1].send(Command.DISC)
+            eventually(lambda number=number: len(left) == number + 1, "it is not let go of")  # type: ignore[misc]
+            eventually(lambda: sum(sock.fileno() >= 0 for sock in left) == min(len(left), 3), "not so many are held")
     opened.close()
+    assert all(sock.fileno() < 0 for sock in left)
     for bare in rude:
         bare.sock.close()

@@ -223,8 +223,8 @@ def test_a_long_payload_in_small_pieces_is_not_copied_for_each() -> None:
         for piece in (b"x" * (MAX // 64 - 1), b"x"):
             assert not server.next_batch(10, 1 << 30).requests
             server.feed(piece)
-            if not buffers or server._view.obj is not buffers[-1]:
-                buffers.append(server._view.obj)
+            if not buffers or server._inbox.view.obj is not buffers[-1]:
+                buffers.append(server._inbox.view.obj)
     (request,) = server.next_batch(10, 1 << 30).requests
     assert bytes(request.data) == b"x" * MAX
     assert len(buffers) <= 2
@@ -237,6 +237,80 @@ def test_data_that_is_kept_outlives_the_buffer() -> None:
     server.keep_data(batch, [0])
     server.feed(header(Command.WRITE, 0, 4) + b"XXXX")
     assert bytes(batch.requests[0].data) == b"abcd"
+
+
+def test_data_that_is_lent_outlives_the_buffer_until_it_is_back() -> None:
+    server = machine(size=1 << 30)
+    for number in range(4):
+        server.feed(header(Command.WRITE, 0, 1 << 20, cookie=1) + bytes((number,)) * (1 << 20))
+        server.feed(header(Command.READ, 0, 512, cookie=2) + header(Command.WRITE, 0, 4, cookie=3) + b"abcd")
+        server.feed(header(Command.FLUSH, cookie=4)[:10])
+        batch = server.next_batch(10, 1 << 30)
+        assert batch.payload_bytes == (1 << 20) + 4
+        writes = server.lend_data(batch)
+        assert writes is not None
+        assert (batch.cookies, writes.cookies) == ([2], [1, 3])
+        assert [request.verb for request in batch.requests] == [Verb.READ]
+        buffer = server._inbox.view.obj
+        assert writes.lent is not None
+        assert buffer is not writes.lent
+        assert server.has_more
+        server.feed(header(Command.FLUSH, cookie=4)[10:] + header(Command.WRITE, 0, 1 << 20) + b"XXXX" * (1 << 18))
+        assert server.next_batch(10, 1 << 30).cookies == [4, 7]
+        assert not server.has_more
+        assert [bytes(request.data) for request in writes.requests] == [bytes((number,)) * (1 << 20), b"abcd"]
+        server.take_back(writes)
+        server.take_back(batch)  # nothing was lent with it
+
+
+def test_lent_buffers_come_round() -> None:
+    """New memory costs as much as the copy into it."""
+    server = machine(size=1 << 30)
+    seen: list[bytearray | None] = []
+    out: list[Batch] = []
+    for _ in range(20):
+        server.feed(header(Command.WRITE, 0, 1 << 20))
+        server.feed(bytes(1 << 20))
+        lent = server.lend_data(server.next_batch(10, 1 << 30))
+        assert lent is not None
+        if not any(lent.lent is buffer for buffer in seen):
+            seen.append(lent.lent)
+        out.append(lent)
+        if len(out) > 1:
+            server.take_back(out.pop(0))
+    assert len(seen) <= 4
+    # A long one is let go of.
+    server.feed(header(Command.WRITE, 0, MAX) + bytes(MAX))
+    lent = server.lend_data(server.next_batch(10, 1 << 30))
+    assert lent is not None
+    server.take_back(lent)
+    assert all(len(buffer) < 8 << 20 for buffer in server._inbox._spare)
+    assert len(server._inbox.view) < 8 << 20
+
+
+def test_data_that_is_flushed_is_not_lent() -> None:
+    server = machine()
+    server.feed(header(Command.WRITE, 0, 4) + b"abcd" + header(Command.WRITE, 4, 4, flags=CommandFlag.FUA) + b"efgh")
+    batch = server.next_batch(10, 1 << 30)
+    assert server.lend_data(batch) is None
+    assert len(batch.requests) == 2
+
+
+def test_what_lacks_payload() -> None:
+    server = machine()
+    assert not server.lacks_payload
+    server.feed(header(Command.WRITE, 0, 8) + b"abc")
+    server.next_batch(10, 1 << 30)
+    assert server.lacks_payload
+    server.feed(b"def")
+    assert server.lacks_payload
+    server.stopping = True  # it is refused without its payload
+    assert not server.lacks_payload
+    server.stopping = False
+    server.feed(b"gh")
+    assert not server.lacks_payload
+    assert len(server.next_batch(10, 1 << 30).requests) == 1
+    assert not server.lacks_payload
 
 
 VALID = (
