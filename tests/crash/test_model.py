@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cowfence.crash.model import GuestModel
+from cowfence.units import SECTOR_BYTES
 
 OLD, NEW, ZERO = b"old".ljust(512, b"."), b"new".ljust(512, b"."), bytes(512)
 
@@ -88,3 +89,29 @@ def test_a_bitmap_made_after_a_discard_may_have_missed_that() -> None:
     assert list(model.differing({}, clean)) == []
     assert list(model.differing({0: b"x" * 512}, clean)) == [(0, b"x" * 512)]
     assert list(model.differing({1: bytes(512)}, clean)) == [(1, bytes(512))]
+
+
+def test_what_was_begun_before_and_goes_on_may_yet_come_last() -> None:
+    """A long write leaves the lock to others while the host takes its data."""
+    model = GuestModel(OLD)
+    long = model.begin_write(0, b"L" * SECTOR_BYTES)
+    short = model.begin_write(0, b"S" * SECTOR_BYTES)
+    model.end(short)
+    for value in (b"L", b"S"):
+        assert not list(model.wrong_sectors({0: value * SECTOR_BYTES}, acknowledged=True))
+    assert list(model.wrong_sectors({}, acknowledged=True))
+    model.end_flush(model.begin_flush())
+    assert not list(model.wrong_sectors({0: b"L" * SECTOR_BYTES}))
+    model.end(long)
+    assert model.readable(0) == {b"L" * SECTOR_BYTES, b"S" * SECTOR_BYTES}
+    # Nothing is under way any more: what comes now comes last.
+    model.end(model.begin_write(0, b"X" * SECTOR_BYTES))
+    assert model.readable(0) == {b"X" * SECTOR_BYTES}
+    assert list(model.wrong_sectors({0: b"L" * SECTOR_BYTES}, acknowledged=True))
+
+
+def test_what_failed_is_not_under_way() -> None:
+    model = GuestModel(OLD)
+    model.fail(model.begin_write(0, b"F" * SECTOR_BYTES))
+    model.end(model.begin_write(0, b"S" * SECTOR_BYTES))
+    assert list(model.wrong_sectors({0: b"F" * SECTOR_BYTES}, acknowledged=True))

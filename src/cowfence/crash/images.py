@@ -149,7 +149,13 @@ def tagged(offset: int, length_bytes: int, serial: int) -> bytes:
 
 def options(spec: ImageSpec) -> Options:
     """How the image is opened."""
-    return Options(cache_bytes=spec.cache * spec.cluster_bytes, commit_interval=None, discards=spec.discards)
+    # Batches of three sectors are short ones, those of more are long ones: both are explored.
+    return Options(
+        cache_bytes=spec.cache * spec.cluster_bytes,
+        commit_interval=None,
+        discards=spec.discards,
+        long_write_bytes=4 * SECTOR_BYTES,
+    )
 
 
 def disk_bytes(spec: ImageSpec) -> int:

@@ -63,6 +63,8 @@ class GuestModel:
     _past: dict[int, set[bytes]] = field(default_factory=dict)
     """By sector: values that a flush has made impossible."""
     _serial: int = 0
+    _under_way: set[int] = field(default_factory=set)
+    """Tokens of what has begun and not ended."""
     _touched: list[tuple[int, int]] = field(default_factory=list)
     """(serial, clusters that an operation may have left over), since the flush before the last."""
     _last_flush: int = 0
@@ -176,6 +178,7 @@ class GuestModel:
 
     def _enter(self, offset: int, length_bytes: int, *, discard: bool) -> int:
         self._serial += 1
+        self._under_way.add(self._serial)
         self.changes += 1
         self._touched.append((self._serial, 2 * (length_bytes // self.cluster_bytes + 2) + 3))
         for sector in range(offset // SECTOR_BYTES, -(-(offset + length_bytes) // SECTOR_BYTES)):
@@ -204,25 +207,30 @@ class GuestModel:
     def end(self, token: int) -> None:
         """The write or discard was acknowledged.
 
-        Where others began on a sector since it began, they went on at the same time: either may have come last.
+        Where others began on a sector since it began, or began before and have not ended, they went on at the same time: either
+        may have come last, or may yet.
         """
         self.changes += 1
+        self._under_way.discard(token)
         for history in self._history.values():
             at = next((at for at, entry in enumerate(history) if entry.serial == token), None)
             if at is None:
                 continue
             history[at].acknowledged = True
-            if at + 1 < len(history):
+            beside = [entry for entry in history[:at] if entry.serial in self._under_way]
+            if beside or at + 1 < len(history):
                 self._serial += 1
-                values = {value: 0 for entry in history[at:] for value in entry.values}
+                values = {value: 0 for entry in (*beside, *history[at:]) for value in entry.values}
                 history.append(_Values(self._serial, tuple(values), acknowledged=True))
 
     def fail(self, token: int) -> None:
         """The write or discard ended with an error: any part of it may have been done, then or at any time later."""
+        self._under_way.discard(token)
 
     def withdraw(self, token: int) -> None:
         """The write was refused before anything of it was done."""
         self.changes += 1
+        self._under_way.discard(token)
         self._touched = [entry for entry in self._touched if entry[0] != token]
         for sector, history in self._history.items():
             if history[-1].serial == token:
@@ -240,6 +248,7 @@ class GuestModel:
                 entry.acknowledged = False
         self.leaks_before += sum(clusters for _, clusters in self._touched)
         self._touched.clear()
+        self._under_way.clear()
         # Its size may have changed: what is behind its end reads as nothing.
         length_bytes = max(len(content), len(self.content))
         self.content = bytearray(content)

@@ -34,7 +34,8 @@ from cowfence.units import KIB
 _JOURNAL_BYTES = 32 * KIB
 _LARGE_JOURNAL_BYTES = 256 * KIB
 """Of an image with large clusters, whose L2 tables have more entries."""
-_OUTSIDE_THE_LOCK = ("refcount.decrement", "host.discard")
+_OUTSIDE_THE_LOCK = ("refcount.decrement", "host.discard", "data.write")
+"""Or perhaps there: ``Qcow2Disk.planning`` tells."""
 
 
 class Interleaving:

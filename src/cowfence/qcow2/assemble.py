@@ -27,7 +27,7 @@ from cowfence.qcow2.state import State, Tickets
 from cowfence.qcow2.tables import Kind, Table
 from cowfence.qcow2.transaction import Committer, Pending
 from cowfence.storage.base import Storage, read_exact
-from cowfence.units import MIB
+from cowfence.units import KIB, MIB
 
 if TYPE_CHECKING:
     from cowfence.qcow2.encryption import DataCipher, Secrets
@@ -47,7 +47,8 @@ class Options:
 
     ``cache_bytes`` bounds the L2 tables in memory (refcount blocks: a quarter more). ``commit_interval``: an idle guest's
     writes are committed after so long (None: never on their own). ``discards``: host space of what the guest discarded is
-    given back. ``quarantine_bytes``: freed space that may wait for a commit before one is made for it.
+    given back. ``quarantine_bytes``: freed space that may wait for a commit before one is made for it. ``long_write_bytes``: of
+    data in one batch, from which on others are not kept waiting while the host takes it.
     """
 
     cache_bytes: int = 32 * MIB
@@ -55,6 +56,7 @@ class Options:
     commit_interval: float | None = 5.0
     discards: bool = True
     quarantine_bytes: int = 256 * MIB
+    long_write_bytes: int = 256 * KIB
 
 
 _PIECE_CLUSTERS = 16384

@@ -1,4 +1,4 @@
-"""The writes of a batch that change tables and can be carried out at once, under the lock that the batch holds already.
+"""The writes of a batch that change tables and can be carried out at once.
 
 Those into clusters that the disk does not have yet are planned together: that is what a guest does most when it fills a disk,
 and a plan for each costs three times what the host takes for the data. The writes inside one L2 table each, of which nothing
@@ -6,13 +6,14 @@ on this disk or beneath it holds anything yet, reserve all their clusters at onc
 entries and counts enter the pending transaction. Whatever is not that simple, or fails here without a verdict, goes the way of
 ``write``.
 
-What holds on disk after a data call: bytes in a new cluster, to which nothing leads. Two writes to one new cluster never meet
-here: the second finds the first one's entry when it is carried out by itself.
+What holds on disk after a data call: bytes in a new cluster, to which nothing leads. So the image's lock is not needed for it,
+and where much data goes out, others have it meanwhile. Two writes to one new cluster never meet here: the second finds the
+first one's entry when it is carried out by itself, or the first one the second's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cowfence.disk.base import Outcome, Request, Verb, as_outcome, in_bytes
@@ -35,6 +36,13 @@ class _New(NamedTuple):
     clusters: int
 
 
+class _Placed(NamedTuple):
+    """Writes, each with the clusters reserved for it; and what nothing leads to yet of all these: whether it reads as zeros."""
+
+    writes: list[tuple[_New, list[int]]]
+    holes: dict[int, bool]
+
+
 class BatchWrites:
     """See the module. ``tables``: L2 tables in memory by their L1 index, whose entries are single words that lead to guest data
     as it is; none where an image has others."""
@@ -48,8 +56,8 @@ class BatchWrites:
         """The clusters of one operation: so many notes the keeper's journal has room for, see ``State.check_room``."""
 
     def write(self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int]) -> list[int]:
-        """Carry out those of the requests at ``indices`` that are writes inside one L2 table, and neither wait nor need a
-        commit; returns the others."""
+        """Under the lock: carry out those of the requests at ``indices`` that are writes inside one L2 table, and neither wait
+        nor need a commit; returns the others."""
         rest: list[int] = []
         write, size, piece_bytes = Verb.WRITE, self._state.size, self._state.piece_bytes
         shift = self._state.geometry.l1_shift
@@ -77,48 +85,123 @@ class BatchWrites:
             rest.append(index)
         return rest
 
+    def write_long(self, requests: Sequence[Request], outcomes: list[Outcome], may_plan: Callable[[], bool]) -> list[int]:
+        """Outside the lock, which is free while the host takes the data: carry out the writes into new clusters; returns the
+        indices of all other requests. ``may_plan``, called under the lock: whether that is allowed now.
+
+        What was planned holds a ticket. Where tables have changed when the data is there, its clusters are given back, and the
+        write is one of the others.
+        """
+        state, everything = self._state, list(range(len(requests)))
+        with state.lock:
+            placed, rest = self._place(requests, everything) if may_plan() else (None, everything)
+            if placed is None:
+                return rest
+            ticket = state.tickets.begin()
+        written: list[tuple[_New, list[int]]] = []
+        try:
+            written, full = self._write_data(placed, requests, outcomes)
+        finally:
+            with state.lock:
+                try:
+                    planned = written if self._holds(written) else []
+                    self._enter(placed, planned, outcomes)
+                finally:
+                    self._give_back(placed)
+                    state.tickets.end(ticket)
+                if state.pending.notes:
+                    state.pending.publish()
+            state.reclaimer.release()
+        return sorted(rest + full + ([] if planned else [one.number for one, _ in written]))
+
+    def _holds(self, written: list[tuple[_New, list[int]]]) -> bool:
+        """Whether writes can still be entered as they were planned. Under the lock."""
+        state, tables, l1_entries = self._state, self._tables, self._state.l1.entries
+        if state.committer.broken is not None or state.record is not None:
+            return False
+        try:
+            state.check_room()
+            for _, places in written:
+                for cluster in places:
+                    state.refcounts.load(cluster, 1, wait=False)
+        except (Cold, NeedsCommit, CowfenceError):
+            return False
+        return all(
+            tables.get(one.table.index) is one.table
+            and l1_entries[one.table.index] & COPIED
+            and not any(one.table.entries[one.first : one.first + one.clusters])
+            for one, _ in written
+        )
+
     def _into_new_clusters(self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int]) -> list[int]:
         """The writes that are planned together; returns the other indices."""
+        placed, rest = self._place(requests, indices)
+        if placed is None:
+            return rest
+        try:
+            written, full = self._write_data(placed, requests, outcomes)
+            self._enter(placed, written, outcomes)
+        finally:
+            self._give_back(placed)
+        return rest + full
+
+    def _place(self, requests: Sequence[Request], indices: list[int]) -> tuple[_Placed | None, list[int]]:
+        """Reserve clusters for the writes that are meant; returns the indices of the others, too."""
         found, rest = self._find(requests, indices)
         state = self._state
         if not found:
-            return rest
+            return None, rest
         try:
             state.check_room()
             state.allocator.look_ahead(wait=False)
             runs = state.allocator.reserve(sum(one.clusters for one in found), wait=False)
         except (Cold, NeedsCommit, CowfenceError):
-            return indices
-        bits, writev = state.geometry.cluster_bits, state.data.writev
+            return None, indices
+        holes = {cluster: run.hole for run in runs for cluster in range(run.first, run.first + run.clusters)}
+        places, writes, at = list(holes), [], 0
+        for one in found:
+            writes.append((one, places[at : at + one.clusters]))
+            at += one.clusters
+        return _Placed(writes, holes), rest
+
+    def _write_data(
+        self, placed: _Placed, requests: Sequence[Request], outcomes: list[Outcome]
+    ) -> tuple[list[tuple[_New, list[int]]], list[int]]:
+        """The data calls; returns the writes that are there, and the indices of those for which the host had no space: a commit
+        may free something, see ``Plans.mutate``."""
+        writev = self._state.data.writev
+        written, full = [], []
+        for one, places in placed.writes:
+            try:
+                for start, buffers in self._calls(requests[one.number], places, placed.holes):
+                    writev(start, buffers, "data.write")
+            except NoSpace:
+                full.append(one.number)
+            except CowfenceError as error:
+                outcomes[one.number] = as_outcome(error)
+            else:
+                written.append((one, places))
+        return written, full
+
+    def _enter(self, placed: _Placed, written: list[tuple[_New, list[int]]], outcomes: list[Outcome]) -> None:
+        """Under the lock: counts and entries of writes whose data is there. Cannot fail."""
+        state = self._state
+        holes, bits = placed.holes, state.geometry.cluster_bits
         pending, increment = state.pending, state.refcounts.increment
-        free = {cluster: run.hole for run in runs for cluster in range(run.first, run.first + run.clusters)}
-        places = list(free)
-        at = 0
+        # A commit that has begun before this does not cover the data.
         state.committer.data_written = True
-        try:
-            for index, table, first, clusters in found:
-                mine = places[at : at + clusters]
-                at += clusters
-                try:
-                    for start, buffers in self._calls(requests[index], mine, free):
-                        writev(start, buffers, "data.write")
-                except NoSpace:
-                    # A commit may free something: see ``Plans.mutate``.
-                    rest.append(index)
-                    continue
-                except CowfenceError as error:
-                    outcomes[index] = as_outcome(error)
-                    continue
-                # Nothing below can fail; and Ctrl-C may leave a count without an entry, never an entry without a count.
-                for entry, cluster in enumerate(mine, first):
-                    del free[cluster]
-                    increment(cluster)
-                    pending.set(table, entry, cluster << bits | COPIED)
-                outcomes[index] = None
-        finally:
-            if free:
-                state.allocator.give_back([Run(cluster, 1, hole=False) for cluster in free])
-        return rest
+        for one, places in written:
+            # Ctrl-C may leave a count without an entry, never an entry without a count.
+            for entry, cluster in enumerate(places, one.first):
+                del holes[cluster]
+                increment(cluster)
+                pending.set(one.table, entry, cluster << bits | COPIED)
+            outcomes[one.number] = None
+
+    def _give_back(self, placed: _Placed) -> None:
+        """Under the lock: what nothing leads to is free again, and may hold bytes."""
+        if placed.holes:
+            self._state.allocator.give_back([Run(cluster, 1, hole=False) for cluster in placed.holes])
 
     def _calls(self, request: Request, places: list[int], holes: Mapping[int, bool]) -> list[tuple[int, tuple[Buffer, ...]]]:
         """The data calls (host offset, buffers) of a write into new clusters: one where they are neighbours, else one for each;

@@ -96,6 +96,7 @@ class Qcow2Disk:
         self._zeroes = Zeroes(state, self._writes)
         self._writable = writable
         self._mode = options.mode
+        self._long_write_bytes = options.long_write_bytes
         # What the plain cases need of the state, at hand: they are carried out a hundred thousand times a second.
         self._lock = state.lock
         # An entry of two words, or one that leads into another file or to what is enciphered, is no plain case.
@@ -350,7 +351,14 @@ class Qcow2Disk:
         """See ``Disk.submit``. The plain cases, one allocated cluster each, are carried out inline under one lock."""
         if self._unready is not None:
             return [self._unready] * len(requests)
-        outcomes: list[Outcome] = []
+        if wait and sum(len(request.data) for request in requests) >= self._long_write_bytes:
+            outcomes: list[Outcome] = [BLOCKED] * len(requests)
+            rest = self._batches.write_long(requests, outcomes, self._may_write_inline)
+            if len(rest) < len(requests):
+                for index, outcome in zip(rest, self.submit([requests[index] for index in rest]), strict=True):
+                    outcomes[index] = outcome
+                return outcomes
+        outcomes = []
         state = self._state
         bits, l2_bits, within_mask = self._bits, state.geometry.l2_bits, self._within_mask
         cluster_bytes, l2_mask, not_plain = self._cluster_bytes, self._l2_mask, self._not_plain
@@ -361,15 +369,7 @@ class Qcow2Disk:
         with state.lock:
             if self._unready is not None:
                 return [self._unready] * len(requests)
-            # Looked at under the lock, like everything that a fence that fails or a close may change meanwhile.
-            inline_writes = (
-                self._writable
-                and self._features_settled
-                and self._mode is not CacheMode.WRITETHROUGH
-                and committer.broken is None
-                and not self._plans.altering
-                and state.record is None
-            )
+            inline_writes = self._may_write_inline()
             plain_end = state.allocator.never_used << bits
             for verb, offset, length_bytes, data, fua, _ in requests:
                 if verb is read:
@@ -423,6 +423,11 @@ class Qcow2Disk:
         for index in later:
             outcomes[index] = self._one(requests[index], wait=wait)
         return outcomes
+
+    def _may_write_inline(self) -> bool:
+        # Asked under the lock, like everything that a fence that fails or a close may change meanwhile.
+        settled = self._writable and self._unready is None and self._features_settled and self._committer.broken is None
+        return settled and self._mode is not CacheMode.WRITETHROUGH and not self._plans.altering and self._state.record is None
 
     def _one(self, request: Request, *, wait: bool) -> Outcome:
         """One request of a batch that is no plain case."""
