@@ -48,8 +48,9 @@ class Limits:
     ``client_bytes`` and ``client_requests``: taken in and not yet answered. ``client_unsent_bytes``: replies that the client
     has not read, at which no more of its requests are done. ``batch_bytes``: of one batch, between looks at other clients. Both
     are small because replies are new memory: four times as much gives it back to the system and faults it in again each time.
-    ``workers``: threads for each export. ``idle_seconds``: after which a client that asks for nothing, or takes
-    none of its replies, is sent away.
+    ``workers``: threads for each export, beside the one for long writes. ``client_long_writes``: batches of them that wait for
+    that one, at which no more is received: it takes them in their order, and others have some, too. ``idle_seconds``: after
+    which a client that asks for nothing, or takes none of its replies, is sent away.
     """
 
     connections: int = 100
@@ -59,6 +60,7 @@ class Limits:
     client_unsent_bytes: int = 1 * MIB
     batch_bytes: int = 1 * MIB
     workers: int = 16
+    client_long_writes: int = 8
     idle_seconds: float | None = None
     stop_seconds: float = 10.0
 
@@ -67,7 +69,8 @@ class Limits:
 class Connection:
     """One client. ``transmission`` and ``export`` are there once the handshake is over. ``heard``: when something
     came from it last, where that is limited. ``steady``: the file that its long reads are answered from, where that pays.
-    ``waits``: nothing of it is done before what clients that are gone had asked for (see ``Pools.abandon``)."""
+    ``lent``: batches of long writes that are not done. ``waits``: nothing of it is done before what clients that are gone had
+    asked for (see ``Pools.abandon``)."""
 
     sock: socket.socket
     fd: int
@@ -82,6 +85,7 @@ class Connection:
     unsent_bytes: int = 0
     jobs: int = 0
     jobs_bytes: int = 0
+    lent: int = 0
     heard: float = 0.0
     interest: int = select.EPOLLIN
     waits: bool = False

@@ -359,6 +359,7 @@ class Server:
         return (
             connection.jobs < limits.client_requests
             and connection.jobs_bytes + connection.unsent_bytes < limits.client_bytes
+            and connection.lent < limits.client_long_writes
             and not connection.waits
             and not (connection.transmission is not None and connection.transmission.has_complete)
         )
@@ -503,9 +504,7 @@ class Server:
                 stats.answered(wanted - len(blocked), clock() - began)
             for query in batch.queries:
                 self._enqueue(connection, export, query)
-            if transmission.errors:
-                stats.errors += transmission.errors
-                transmission.errors = 0
+            stats.errors, transmission.errors = stats.errors + transmission.errors, 0
             if replies or elsewhere:
                 self._send(connection, [*elsewhere, *replies] if elsewhere else replies)
             if transmission.disconnecting:
@@ -554,6 +553,7 @@ class Server:
             writes = transmission.lend_data(batch)
             if writes is not None:
                 export.stats.took_up(writes.requests)
+                connection.lent += 1
                 self._enqueue(connection, export, writes)
 
     def _enqueue(self, connection: Connection, export: Export, work: Batch | Query) -> None:
@@ -583,7 +583,9 @@ class Server:
                 transmission.answer_query(replies, job.work, result)
             else:
                 transmission.answer_finally(replies, job.work, outcomes)
-                transmission.take_back(job.work)
+                if job.work.lent is not None:
+                    transmission.take_back(job.work.lent)
+                    connection.lent -= 1
                 if is_fence(job.work.requests[0]):
                     connection.pace.note(seconds)
         for connection, replies in ready.values():

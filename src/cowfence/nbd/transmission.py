@@ -210,10 +210,9 @@ class ServerTransmission:
         writes.lent = self._inbox.lend()
         return writes
 
-    def take_back(self, batch: Batch) -> None:
-        """A batch of ``lend_data`` has been answered."""
-        if batch.lent is not None:
-            self._inbox.take_back(batch.lent)
+    def take_back(self, lent: bytearray) -> None:
+        """The buffer of a batch that ``lend_data`` made and that has been answered."""
+        self._inbox.take_back(lent)
 
     # --- requests ---
 

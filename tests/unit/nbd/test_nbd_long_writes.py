@@ -108,6 +108,30 @@ def test_others_are_served_meanwhile(storage: SlowStorage, tmp_path: Path) -> No
     assert bytes(storage.bytes[: 4 * MIB]) == b"x" * 4 * MIB
 
 
+def test_who_sends_many_does_not_fill_the_queue(server: Server, storage: SlowStorage, tmp_path: Path) -> None:
+    """Another client's long write waits for a few of them, not for all that a client may have under way."""
+    storage.seconds = 0.05
+    done: list[float] = []
+    with BareClient(tmp_path / "sock") as greedy, BareClient(tmp_path / "sock") as other:
+
+        def send() -> None:
+            for number in range(30):
+                greedy.send(Command.WRITE, number, offset=number * MIB, length=MIB, data=b"g" * MIB)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        eventually(lambda: len(storage.marks) > 2, "nothing was begun")
+        began = time.monotonic()
+        other.send(Command.WRITE, offset=31 * MIB, length=MIB, data=b"o" * MIB)
+        assert other.reply()[1] == 0
+        done.append(time.monotonic() - began)
+        assert all(connection.lent <= 9 for connection in server._connections.values())
+        assert sorted(greedy.reply()[0] for _ in range(30)) == list(range(30))
+        sender.join()
+        eventually(lambda: all(not connection.lent for connection in server._connections.values()), "some are still lent")
+    assert done[0] < 12 * 0.05 + 0.3
+
+
 @pytest.mark.usefixtures("server")
 def test_one_that_is_alone_stays_in_the_loop(storage: SlowStorage, tmp_path: Path) -> None:
     """Its client waits for it: handing it over would only add to that."""

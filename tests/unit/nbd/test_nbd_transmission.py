@@ -259,23 +259,24 @@ def test_data_that_is_lent_outlives_the_buffer_until_it_is_back() -> None:
         assert server.next_batch(10, 1 << 30).cookies == [4, 7]
         assert not server.has_more
         assert [bytes(request.data) for request in writes.requests] == [bytes((number,)) * (1 << 20), b"abcd"]
-        server.take_back(writes)
-        server.take_back(batch)  # nothing was lent with it
+        assert batch.lent is None
+        server.take_back(writes.lent)
 
 
 def test_lent_buffers_come_round() -> None:
     """New memory costs as much as the copy into it."""
     server = machine(size=1 << 30)
-    seen: list[bytearray | None] = []
-    out: list[Batch] = []
+    seen: list[bytearray] = []
+    out: list[bytearray] = []
     for _ in range(20):
         server.feed(header(Command.WRITE, 0, 1 << 20))
         server.feed(bytes(1 << 20))
         lent = server.lend_data(server.next_batch(10, 1 << 30))
         assert lent is not None
+        assert lent.lent is not None
         if not any(lent.lent is buffer for buffer in seen):
             seen.append(lent.lent)
-        out.append(lent)
+        out.append(lent.lent)
         if len(out) > 1:
             server.take_back(out.pop(0))
     assert len(seen) <= 4
@@ -283,7 +284,8 @@ def test_lent_buffers_come_round() -> None:
     server.feed(header(Command.WRITE, 0, MAX) + bytes(MAX))
     lent = server.lend_data(server.next_batch(10, 1 << 30))
     assert lent is not None
-    server.take_back(lent)
+    assert lent.lent is not None
+    server.take_back(lent.lent)
     assert all(len(buffer) < 8 << 20 for buffer in server._inbox._spare)
     assert len(server._inbox.view) < 8 << 20
 
