@@ -20,6 +20,7 @@ from cowfence.disk.base import Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.errors import CowfenceError, NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED
+from cowfence.qcow2.geometry import OFFSET_MASK
 from cowfence.qcow2.reader import Cold, NeedsCommit
 from cowfence.qcow2.state import State
 from cowfence.qcow2.tables import Table
@@ -86,33 +87,88 @@ class BatchWrites:
         return rest
 
     def write_long(self, requests: Sequence[Request], outcomes: list[Outcome], may_plan: Callable[[], bool]) -> list[int]:
-        """Outside the lock, which is free while the host takes the data: carry out the writes into new clusters; returns the
-        indices of all other requests. ``may_plan``, called under the lock: whether that is allowed now.
+        """Outside the lock, which is free while the host takes the data: carry out the writes in place and those into new
+        clusters; returns the indices of all other requests. ``may_plan``, called under the lock: whether that is allowed now.
 
-        What was planned holds a ticket. Where tables have changed when the data is there, its clusters are given back, and the
-        write is one of the others.
+        What was planned holds a ticket. Where the tables that lead to new clusters have changed when the data is there, the
+        clusters are given back, and the write is one of the others.
         """
         state, everything = self._state, list(range(len(requests)))
         with state.lock:
-            placed, rest = self._place(requests, everything) if may_plan() else (None, everything)
-            if placed is None:
-                return rest
+            if not may_plan():
+                return everything
+            in_place = {index: calls for index in everything if (calls := self._in_place(requests[index]))}
+            placed, rest = self._place(requests, [index for index in everything if index not in in_place])
+            if not in_place and not placed.writes:
+                return everything
             ticket = state.tickets.begin()
         written: list[tuple[_New, list[int]]] = []
+        over: list[int] = []
+        holds = False
         try:
-            written, full = self._write_data(placed, requests, outcomes)
+            over, full = self._write_over(in_place, outcomes)
+            written, also_full = self._write_data(placed, requests, outcomes)
         finally:
             with state.lock:
                 try:
-                    planned = written if self._holds(written) else []
-                    self._enter(placed, planned, outcomes)
+                    holds = self._holds(written)
+                    self._enter(placed, written if holds else [], outcomes)
                 finally:
                     self._give_back(placed)
                     state.tickets.end(ticket)
                 if state.pending.notes:
                     state.pending.publish()
             state.reclaimer.release()
-        return sorted(rest + full + ([] if planned else [one.number for one, _ in written]))
+        if holds:
+            for index in over:
+                outcomes[index] = None
+            return sorted(rest + full + also_full)
+        return sorted(rest + full + also_full + over + [one.number for one, _ in written])
+
+    def _in_place(self, request: Request) -> list[tuple[int, Buffer]]:
+        """The data calls (host offset, bytes) of a write over clusters that are the disk's alone; none where it is not that."""
+        verb, offset, _, data, fua, _ = request
+        state, geometry = self._state, self._state.geometry
+        if verb is not Verb.WRITE or fua or not 0 <= offset <= state.size - len(data := in_bytes(data)):
+            return []
+        bits, mask, at, end = geometry.cluster_bits, geometry.cluster_mask, offset, offset + len(data)
+        plain_end = state.allocator.never_used << bits
+        calls: list[tuple[int, int, int]] = []  # host offset, and the part of the data
+        while at < end:
+            table = self._tables.get(at >> geometry.l1_shift)
+            if table is None:
+                return []
+            entry = table.entries[at >> bits & geometry.l2_entries - 1]
+            host, stop = entry & OFFSET_MASK, min((at | mask) + 1, end)
+            if entry & ~OFFSET_MASK != COPIED or host & mask or not 0 < host < plain_end or host >> bits in state.layout.kinds:
+                return []
+            table.used = True
+            start = host | at & mask
+            if calls and calls[-1][0] + at - offset - calls[-1][1] == start:
+                calls[-1] = *calls[-1][:2], stop - offset
+            else:
+                calls.append((start, at - offset, stop - offset))
+            at = stop
+        view = memoryview(data)
+        return [(start, view[first:last]) for start, first, last in calls]
+
+    def _write_over(
+        self, in_place: Mapping[int, list[tuple[int, Buffer]]], outcomes: list[Outcome]
+    ) -> tuple[list[int], list[int]]:
+        """The data calls of writes in place; returns the indices of those that are there, and of those that found no space."""
+        writev = self._state.data.writev
+        written, full = [], []
+        for index, calls in in_place.items():
+            try:
+                for start, data in calls:
+                    writev(start, (data,), "data.write")
+            except NoSpace:
+                full.append(index)
+            except CowfenceError as error:
+                outcomes[index] = as_outcome(error)
+            else:
+                written.append(index)
+        return written, full
 
     def _holds(self, written: list[tuple[_New, list[int]]]) -> bool:
         """Whether writes can still be entered as they were planned. Under the lock."""
@@ -136,7 +192,7 @@ class BatchWrites:
     def _into_new_clusters(self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int]) -> list[int]:
         """The writes that are planned together; returns the other indices."""
         placed, rest = self._place(requests, indices)
-        if placed is None:
+        if not placed.writes:
             return rest
         try:
             written, full = self._write_data(placed, requests, outcomes)
@@ -145,18 +201,18 @@ class BatchWrites:
             self._give_back(placed)
         return rest + full
 
-    def _place(self, requests: Sequence[Request], indices: list[int]) -> tuple[_Placed | None, list[int]]:
+    def _place(self, requests: Sequence[Request], indices: list[int]) -> tuple[_Placed, list[int]]:
         """Reserve clusters for the writes that are meant; returns the indices of the others, too."""
         found, rest = self._find(requests, indices)
         state = self._state
         if not found:
-            return None, rest
+            return _Placed([], {}), rest
         try:
             state.check_room()
             state.allocator.look_ahead(wait=False)
             runs = state.allocator.reserve(sum(one.clusters for one in found), wait=False)
         except (Cold, NeedsCommit, CowfenceError):
-            return None, indices
+            return _Placed([], {}), indices
         holes = {cluster: run.hole for run in runs for cluster in range(run.first, run.first + run.clusters)}
         places, writes, at = list(holes), [], 0
         for one in found:

@@ -9,9 +9,10 @@ import pytest
 
 from cowfence.crash.structure import fatal_findings
 from cowfence.disk.base import Request, Verb
-from cowfence.errors import Closed, NoSpace, ReadOnly, StorageFailed
+from cowfence.errors import Closed, Corrupt, NoSpace, OutOfRange, ReadOnly, StorageFailed
 from cowfence.ops.snapshot import create_snapshot
 from cowfence.qcow2.create import NewImage, write_new
+from cowfence.qcow2.entries import COPIED
 from cowfence.qcow2.image import Options, Qcow2Disk, open_image
 from cowfence.qcow2.journal import Journal
 from cowfence.qcow2.replay import replay
@@ -140,6 +141,113 @@ def test_whoever_else_writes_there(disk: Qcow2Disk, storage: Between, meanwhile:
     assert disk._state.allocator.free == free - (10 if meanwhile == "long" else 8)
     disk.flush()
     assert reopened(storage, 0, LONG) == b"L" * LONG
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "short", "long", "zero", "keep_zero", "discard"])
+def test_in_place(disk: Qcow2Disk, storage: Between, meanwhile: str) -> None:
+    """Over clusters that lie in pieces; what others let go of is nobody else's before the data is there."""
+    for cluster in (3, 1, 0, 2, 7, 4, 5, 6, 8):
+        disk.write(cluster * CLUSTER, b"o" * CLUSTER)
+    disk.flush()
+
+    def then() -> None:
+        assert not disk.planning
+        if meanwhile == "short":
+            disk.write(CLUSTER + 512, b"S" * 512)
+        elif meanwhile == "long":
+            assert disk.submit([long_write(2, b"S")]) == [None]
+        elif meanwhile == "zero":
+            disk.zero(CLUSTER, CLUSTER)
+        elif meanwhile == "keep_zero":
+            disk.zero(CLUSTER, CLUSTER, unmap=False)
+        elif meanwhile == "discard":
+            disk.discard(CLUSTER, 3 * CLUSTER)
+        disk.flush()
+        # They would take what is free.
+        assert disk.submit([long_write(100, b"N")]) == [None]
+
+    storage.then = then
+    storage.calls.clear()
+    assert disk.submit([long_write(within=512)]) == [None]
+    assert disk.read(100 * CLUSTER, LONG) == b"N" * LONG
+    assert disk.read(0, 512) == b"o" * 512
+    after = disk.read(512, LONG)
+    if meanwhile == "nothing":
+        assert after == b"L" * LONG
+        # In the file the nine stand as 2, 1, 3, 0, 5 6 7, 4, 8.
+        assert storage.calls.count("data.write") == 7 + 1
+    else:
+        assert set(after) <= set(b"LS\0")
+    disk.flush()
+    kept = disk.read(0, DISK_BYTES)
+    assert reopened(storage, 0, DISK_BYTES) == kept
+
+
+def test_in_place_in_one_call_and_flushed_afterwards(disk: Qcow2Disk, storage: Between) -> None:
+    disk.submit([long_write()])
+    disk.flush()
+    storage.calls.clear()
+    assert disk.submit([long_write(fill=b"M", length=LONG - 1000, within=500)]) == [None]
+    assert storage.calls == ["data.write"]
+    disk.flush()
+    assert storage.calls == ["data.write", "data.fence"]
+    assert reopened(storage, 0, LONG) == b"L" * 500 + b"M" * (LONG - 1000) + b"L" * 500
+
+
+def test_in_place_while_a_flush_goes_on(disk: Qcow2Disk, storage: Between) -> None:
+    """The fence of a flush that began before does not cover it, and the next flush makes one."""
+    disk.submit([long_write()])
+    disk.flush()
+    storage.then = disk.flush
+    storage.calls.clear()
+    assert disk.submit([long_write(fill=b"M")]) == [None]
+    disk.flush()
+    assert storage.calls[-1] == "data.fence"
+    assert storage.calls.index("data.write") < len(storage.calls) - 1
+
+
+@pytest.mark.parametrize("error", [StorageFailed("image", "write", 0, OSError(5, "I/O error")), NoSpace("image: full")])
+def test_in_place_that_fails(disk: Qcow2Disk, storage: Between, error: Exception) -> None:
+    disk.submit([long_write(), long_write(20)])
+    storage.failing["data.write"] = error
+    outcomes = disk.submit([long_write(fill=b"M"), long_write(20, b"M")])
+    assert outcomes == [None if isinstance(error, NoSpace) else error, None]
+    assert disk.read(20 * CLUSTER, LONG) == b"M" * LONG
+
+
+def test_what_a_snapshot_shares_is_not_written_in_place(disk: Qcow2Disk, storage: Between) -> None:
+    disk.submit([long_write()])
+    create_snapshot(disk, "s")
+    assert disk.read(0, 1) == b"L"
+    assert 0 in disk._tables
+    assert disk.submit([long_write(fill=b"M")]) == [None]
+    disk.flush()
+    with open_image(MemoryStorage(storage.memory.snapshot(), "image"), backing=None, writable=False, snapshot="s") as then:
+        assert then.read(0, LONG) == b"L" * LONG
+    assert reopened(storage, 0, LONG) == b"M" * LONG
+
+
+@pytest.mark.parametrize("leads", ["onto a table", "past the end"])
+def test_an_entry_that_leads_where_no_data_is(disk: Qcow2Disk, storage: Between, leads: str) -> None:
+    """A hostile image: nothing is written there."""
+    disk.submit([long_write()])
+    disk.flush()
+    table = disk._tables[0]
+    table.entries[3] = COPIED | (table.offset if leads == "onto a table" else 1 << 40)
+    before = storage.memory.snapshot()
+    (outcome,) = disk.submit([long_write(fill=b"M")])
+    assert isinstance(outcome, Corrupt)
+    assert storage.memory.snapshot()[: table.offset + CLUSTER] == before[: table.offset + CLUSTER]
+    assert storage.memory.size() < 1 << 30
+
+
+@pytest.mark.parametrize("offset", [DISK_BYTES - LONG + 1, DISK_BYTES, -1])
+def test_past_the_end(disk: Qcow2Disk, storage: Between, offset: int) -> None:
+    disk.submit([long_write(DISK_BYTES // CLUSTER - 8, length=LONG)])
+    storage.calls.clear()
+    (outcome,) = disk.submit([Request(Verb.WRITE, offset, LONG, b"x" * LONG)])
+    assert isinstance(outcome, OutOfRange)
+    assert not storage.calls
 
 
 def test_clusters_are_nobody_elses_meanwhile(disk: Qcow2Disk, storage: Between) -> None:
