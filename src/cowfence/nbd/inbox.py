@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cowfence.units import KIB, MIB
+from cowfence.units import KIB, MIB, align_up
 
 USUAL_BYTES: Final = 256 * KIB
 _KEEP_BYTES: Final = 4 * MIB
@@ -43,6 +43,9 @@ class Inbox:
             else:
                 self.view[: end - start] = bytes(self.view[start:end])
                 self.start, self.end = 0, end - start
+        if need_bytes >= USUAL_BYTES:
+            # What comes behind a long payload would have to be moved when that one's buffer is left.
+            return self.view[self.end : self.start + need_bytes + more_bytes]
         return self.view[self.end :]
 
     def put(self, data: bytes | bytearray | memoryview, need_bytes: int) -> None:
@@ -69,6 +72,8 @@ class Inbox:
             self._spare.append(buffer)
 
     def _replace(self, capacity_bytes: int) -> None:
+        # Of few sizes: of many, hardly one would do for another payload, and the allocator's heap would grow by the gaps.
+        capacity_bytes = align_up(capacity_bytes, USUAL_BYTES if capacity_bytes <= MIB else MIB)
         arrived = self.view[self.start : self.end]
         buffer = self._spare.pop() if self._spare else bytearray()
         if len(buffer) < capacity_bytes:
