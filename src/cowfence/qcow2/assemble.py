@@ -166,7 +166,7 @@ def reassemble(state: State) -> None:
     state.backing_bytes = _backing_bytes(state.backing, header)
     state.l2.tables.clear()
     state.layout.kinds.clear()
-    state.reclaimer.forget()
+    state.reclaimer.start_anew()
     state.l1, state.refcounts, state.allocator = _read_tables(
         state.storage, header, state.reader, state.layout, state.pending, state.refcounts.blocks.limit
     )

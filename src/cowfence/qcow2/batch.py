@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cowfence.disk.base import Outcome, Request, Verb, as_outcome, in_bytes
+from cowfence.disk.base import BLOCKED, Outcome, Request, Verb, as_outcome, in_bytes
 from cowfence.errors import CowfenceError, NoSpace, WouldBlock
 from cowfence.qcow2.allocator import Run
 from cowfence.qcow2.entries import COPIED
@@ -86,44 +86,45 @@ class BatchWrites:
             rest.append(index)
         return rest
 
-    def write_long(self, requests: Sequence[Request], outcomes: list[Outcome], may_plan: Callable[[], bool]) -> list[int]:
-        """Outside the lock, which is free while the host takes the data: carry out the writes in place and those into new
-        clusters; returns the indices of all other requests. ``may_plan``, called under the lock: whether that is allowed now.
+    def write_long(
+        self, requests: Sequence[Request], outcomes: list[Outcome], indices: list[int], may_plan: Callable[[], bool]
+    ) -> list[int]:
+        """Outside the lock, which is free while the host takes the data: carry out writes in place and into new clusters (of
+        those as many as one operation may); returns the indices of the other requests. ``may_plan``, called under the lock:
+        whether that is allowed now.
 
         What was planned holds a ticket. Where the tables that lead to new clusters have changed when the data is there, the
         clusters are given back, and the write is one of the others.
         """
-        state, everything = self._state, list(range(len(requests)))
+        state = self._state
         with state.lock:
             if not may_plan():
-                return everything
-            in_place = {index: calls for index in everything if (calls := self._in_place(requests[index]))}
-            placed, rest = self._place(requests, [index for index in everything if index not in in_place])
+                return indices
+            in_place = {index: calls for index in indices if (calls := self._in_place(requests[index]))}
+            placed, _ = self._place(requests, [index for index in indices if index not in in_place])
             if not in_place and not placed.writes:
-                return everything
+                return indices
             ticket = state.tickets.begin()
         written: list[tuple[_New, list[int]]] = []
         over: list[int] = []
-        holds = False
+
+        def enter() -> None:
+            try:
+                if self._holds(written):
+                    self._enter(placed, written, outcomes)
+                    for index in over:
+                        outcomes[index] = None
+            finally:
+                self._give_back(placed)
+            if state.pending.notes:
+                state.pending.publish()
+
         try:
-            over, full = self._write_over(in_place, outcomes)
-            written, also_full = self._write_data(placed, requests, outcomes)
+            over = self._write_over(in_place, outcomes)
+            written = self._write_data(placed, requests, outcomes)
         finally:
-            with state.lock:
-                try:
-                    holds = self._holds(written)
-                    self._enter(placed, written if holds else [], outcomes)
-                finally:
-                    self._give_back(placed)
-                    state.tickets.end(ticket)
-                if state.pending.notes:
-                    state.pending.publish()
-            state.reclaimer.release()
-        if holds:
-            for index in over:
-                outcomes[index] = None
-            return sorted(rest + full + also_full)
-        return sorted(rest + full + also_full + over + [one.number for one, _ in written])
+            state.reclaimer.end_ticket(ticket, enter)
+        return [index for index in indices if outcomes[index] is BLOCKED]
 
     def _in_place(self, request: Request) -> list[tuple[int, Buffer]]:
         """The data calls (host offset, bytes) of a write over clusters that are the disk's alone; none where it is not that."""
@@ -152,23 +153,21 @@ class BatchWrites:
         view = memoryview(data)
         return [(start, view[first:last]) for start, first, last in calls]
 
-    def _write_over(
-        self, in_place: Mapping[int, list[tuple[int, Buffer]]], outcomes: list[Outcome]
-    ) -> tuple[list[int], list[int]]:
-        """The data calls of writes in place; returns the indices of those that are there, and of those that found no space."""
+    def _write_over(self, in_place: Mapping[int, list[tuple[int, Buffer]]], outcomes: list[Outcome]) -> list[int]:
+        """The data calls of writes in place; returns the indices of those that are there."""
         writev = self._state.data.writev
-        written, full = [], []
+        written = []
         for index, calls in in_place.items():
             try:
                 for start, data in calls:
                     writev(start, (data,), "data.write")
             except NoSpace:
-                full.append(index)
+                continue  # see _write_data
             except CowfenceError as error:
                 outcomes[index] = as_outcome(error)
             else:
                 written.append(index)
-        return written, full
+        return written
 
     def _holds(self, written: list[tuple[_New, list[int]]]) -> bool:
         """Whether writes can still be entered as they were planned. Under the lock."""
@@ -195,11 +194,10 @@ class BatchWrites:
         if not placed.writes:
             return rest
         try:
-            written, full = self._write_data(placed, requests, outcomes)
-            self._enter(placed, written, outcomes)
+            self._enter(placed, self._write_data(placed, requests, outcomes), outcomes)
         finally:
             self._give_back(placed)
-        return rest + full
+        return rest + [one.number for one, _ in placed.writes if outcomes[one.number] is BLOCKED]
 
     def _place(self, requests: Sequence[Request], indices: list[int]) -> tuple[_Placed, list[int]]:
         """Reserve clusters for the writes that are meant; returns the indices of the others, too."""
@@ -222,22 +220,22 @@ class BatchWrites:
 
     def _write_data(
         self, placed: _Placed, requests: Sequence[Request], outcomes: list[Outcome]
-    ) -> tuple[list[tuple[_New, list[int]]], list[int]]:
-        """The data calls; returns the writes that are there, and the indices of those for which the host had no space: a commit
-        may free something, see ``Plans.mutate``."""
+    ) -> list[tuple[_New, list[int]]]:
+        """The data calls; returns the writes that are there. Those for which the host had no space stay without an outcome: a
+        commit may free something, see ``Plans.mutate``."""
         writev = self._state.data.writev
-        written, full = [], []
+        written = []
         for one, places in placed.writes:
             try:
                 for start, buffers in self._calls(requests[one.number], places, placed.holes):
                     writev(start, buffers, "data.write")
             except NoSpace:
-                full.append(one.number)
+                continue
             except CowfenceError as error:
                 outcomes[one.number] = as_outcome(error)
             else:
                 written.append((one, places))
-        return written, full
+        return written
 
     def _enter(self, placed: _Placed, written: list[tuple[_New, list[int]]], outcomes: list[Outcome]) -> None:
         """Under the lock: counts and entries of writes whose data is there. Cannot fail."""

@@ -89,7 +89,7 @@ class Qcow2Disk:
         self._committer = state.committer
         self._reclaimer = state.reclaimer
         self._plans = Plans(state)
-        self._reads = Reads(state, self._enter, self._plans.end_ticket)
+        self._reads = Reads(state, self._enter)
         self._writes = Writes(state, self._reads)
         self._compressed = CompressedWrites(state, self._writes)
         self._reclaimer.forget = self._forget
@@ -353,7 +353,9 @@ class Qcow2Disk:
             return [self._unready] * len(requests)
         if wait and sum(len(request.data) for request in requests) >= self._long_write_bytes:
             outcomes: list[Outcome] = [BLOCKED] * len(requests)
-            rest = self._batches.write_long(requests, outcomes, self._may_write_inline)
+            rest = list(range(len(requests)))
+            while len(left := self._batches.write_long(requests, outcomes, rest, self._may_write_inline)) < len(rest):
+                rest = left
             if len(rest) < len(requests):
                 for index, outcome in zip(rest, self.submit([requests[index] for index in rest]), strict=True):
                     outcomes[index] = outcome

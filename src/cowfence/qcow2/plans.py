@@ -71,7 +71,7 @@ class Plans:
             try:
                 satisfy()
             finally:
-                self.end_ticket(ticket)
+                state.reclaimer.end_ticket(ticket)
 
     def _satisfier(self, need: NeedsCommit) -> Callable[[], None]:
         def satisfy() -> None:
@@ -102,8 +102,3 @@ class Plans:
                 raise
         self._state.committer.commit()
         return self.run(plan, check)
-
-    def end_ticket(self, ticket: int) -> None:
-        with self._state.lock:
-            self._state.tickets.end(ticket)
-        self._state.reclaimer.release()

@@ -33,11 +33,10 @@ class Entrance(Protocol):
 class Reads:
     """Reads of one image."""
 
-    def __init__(self, state: State, enter: Entrance, end_ticket: Callable[[int], None]) -> None:
+    def __init__(self, state: State, enter: Entrance) -> None:
         """``enter``: called under the lock, before each plan, with its range."""
         self._state = state
         self._enter = enter
-        self._end_ticket = end_ticket
         self._decompress = decompressor(state.header.compression_type)
         self._last: tuple[int, bytes] = (0, b"")
         """The compressed entry that was decompressed last, and its cluster: readers come back for the rest of it."""
@@ -70,7 +69,7 @@ class Reads:
                 warm()
                 tries += 1
             finally:
-                self._end_ticket(ticket)
+                state.reclaimer.end_ticket(ticket)
 
     def fill(self, plan: Iterable[GuestRun], start: int, view: memoryview, *, wait: bool) -> None:
         """Carry a plan out. Raises WouldBlock where ``wait`` is false."""

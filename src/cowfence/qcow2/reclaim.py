@@ -121,8 +121,33 @@ class ClusterReclaimer:
             except CowfenceError:
                 continue
 
+    def end_ticket(self, ticket: int, body: Callable[[], None] = lambda: None) -> None:
+        """A ticket ends, and what waited for it is released. ``body`` is called under the lock, before.
+
+        Whoever waits for all tickets, to alter the image or to close it, waits for the release too: it may punch clusters that
+        another allocator would find free.
+        """
+        state = self.state
+        try:
+            with state.lock:
+                try:
+                    body()
+                finally:
+                    state.tickets.end(ticket)
+        finally:
+            try:
+                self.release()
+            finally:
+                with state.lock:
+                    state.tickets.settle(ticket)
+
+    def start_anew(self) -> None:
+        """Under the lock: the tables are read again, and who reads the counts finds free what waited here."""
+        self._quarantine.clear()
+        self.forget()
+
     def release(self) -> None:
-        """Make available what no planned read holds any more. Call it outside the lock, also when a ticket ends."""
+        """Make available what no planned read holds any more. Called outside the lock."""
         state = self.state
         while True:
             with state.lock:

@@ -37,7 +37,9 @@ class Tickets:
     def __init__(self, lock: Lock) -> None:
         self._next = 0
         self._active: dict[int, None] = {}
-        self._ended = Condition(lock)
+        self._settling: set[int] = set()
+        """Those that have ended, and whose holders still release what waited for them: see ``ClusterReclaimer.end_ticket``."""
+        self._settled = Condition(lock)
 
     def begin(self) -> int:
         ticket = self._next
@@ -46,13 +48,20 @@ class Tickets:
         return ticket
 
     def end(self, ticket: int) -> None:
-        del self._active[ticket]
-        self._ended.notify_all()
+        """What was planned is over. Clusters that waited for it may be released."""
+        self._settling.add(ticket)
+        self._active.pop(ticket, None)
+
+    def settle(self, ticket: int) -> None:
+        """Its holder has nothing more to do with the image."""
+        self._active.pop(ticket, None)
+        self._settling.discard(ticket)
+        self._settled.notify_all()
 
     def wait_for_all(self) -> None:
         """Wait until nobody works outside the lock any more. Called outside of it."""
-        with self._ended:
-            self._ended.wait_for(lambda: not self._active)
+        with self._settled:
+            self._settled.wait_for(lambda: not self._active and not self._settling)
 
     def now(self) -> int:
         """A mark: plans made from here on are newer."""

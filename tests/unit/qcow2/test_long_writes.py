@@ -271,6 +271,7 @@ def test_what_it_was_planned_with_may_be_gone(disk: Qcow2Disk, storage: Between,
         elif lost == "block":
             state.refcounts.blocks.tables.clear()
         else:
+            disk.write(100 * CLUSTER, b"pending")
             state.quarantine_limit = -1
             storage.at_fence = lambda: setattr(state, "quarantine_limit", 1000)
 
