@@ -136,7 +136,9 @@ class ClusterReclaimer:
                     state.tickets.end(ticket)
         finally:
             try:
-                self.release()
+                # What comes from now on is released by who brings it: this ticket has ended.
+                if self._quarantine:
+                    self.release()
             finally:
                 with state.lock:
                     state.tickets.settle(ticket)
