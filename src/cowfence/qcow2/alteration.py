@@ -118,6 +118,10 @@ def alter(
         state.committer.commit()
         with state.lock:
             check()
+            if state.pending:
+                # RECLAIM could not write some counts. Written later, they would undo what ``body`` writes straight. They stay
+                # as they are on disk: too high, leaks.
+                _read_again(state)
             refresh_header(state)
             notes, state.pending.notes = state.pending.notes, None
         try:

@@ -154,10 +154,12 @@ def _cipher(storage: Storage, header: Header, secrets: Secrets | None) -> DataCi
 
 
 def reassemble(state: State) -> None:
-    """Read everything again from the file, under the lock, with nothing pending and nobody working outside of it.
+    """Read everything again from the file, under the lock, with nothing pending that has to be kept and nobody working outside.
 
     Raises what opening the image would raise.
     """
+    # All that it can be is counts that RECLAIM could not write, in tables that are about to be replaced: they leak.
+    state.pending.drop()
     header = read_header(state.storage)
     check_supported(header, state.storage.name)
     check_bounds(header, state.storage.size(), state.storage.name)

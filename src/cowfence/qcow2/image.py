@@ -533,6 +533,8 @@ class Qcow2Disk:
             self._unready, self._size = Closed(f"{self._state.storage.name}: the disk is closed"), -1
         if self._interval is not None:
             self._interval.stop()
+        with self._lock:
+            self._plans.pass_gate(wait=True)
         self._state.tickets.wait_for_all()
         try:
             if self._writable:
