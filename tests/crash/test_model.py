@@ -115,3 +115,16 @@ def test_what_failed_is_not_under_way() -> None:
     model.fail(model.begin_write(0, b"F" * SECTOR_BYTES))
     model.end(model.begin_write(0, b"S" * SECTOR_BYTES))
     assert list(model.wrong_sectors({0: b"F" * SECTOR_BYTES}, acknowledged=True))
+
+
+def test_after_an_alteration_that_failed_the_guest_goes_on_upon_either_disk() -> None:
+    other = NEW * 2
+    model = GuestModel(OLD * 2)
+    model.begin_alteration({}, other)
+    assert not model.is_other_disk({0: NEW})
+    assert model.is_other_disk({0: NEW, 1: NEW})
+    third = b"third".ljust(SECTOR_BYTES, b".")
+    model.end(model.begin_write(0, third))
+    assert model.is_other_disk({0: third, 1: NEW})
+    assert not model.is_other_disk({0: third})
+    assert not model.is_other_disk({0: ZERO, 1: NEW})

@@ -73,6 +73,8 @@ class GuestModel:
     _other: bytes | None = None
     """The disk that it may put in the place of this one."""
     _other_changed: dict[int, bytes] = field(default_factory=dict)
+    _other_written: dict[int, set[bytes]] = field(default_factory=dict)
+    """By sector, what was written since: after an alteration that failed the guest goes on, on the one or on the other."""
     _allowed: dict[int, set[bytes]] = field(default_factory=dict)
     _acknowledged: dict[int, set[bytes]] = field(default_factory=dict)
     _allowed_at: int = -1
@@ -150,6 +152,7 @@ class GuestModel:
             self.begin_fact(name, value)
         self._altering, self._other = True, content
         self._other_changed = {} if content is None else self.changed_sectors(content)
+        self._other_written = {}
         return self.begin_flush()
 
     def end_alteration(self, token: int, facts: Mapping[str, object], *, done: bool) -> None:
@@ -168,8 +171,13 @@ class GuestModel:
         self._altering, self._other = False, None
 
     def is_other_disk(self, changed: Mapping[int, bytes]) -> bool:
-        """True if an alteration goes on and the disk is, to the last sector, what it will be."""
-        return self._other is not None and changed == self._other_changed
+        """True if an alteration goes on, or failed, and the disk is to the last sector what it makes of it, but for what was
+        written since."""
+        if self._other is None:
+            return False
+        other, written = self._other_changed, self._other_written
+        differing = {sector for sector in changed.keys() | other.keys() if changed.get(sector) != other.get(sector)}
+        return all(changed.get(sector, self._initial(sector)) in written.get(sector, ()) for sector in differing)
 
     @property
     def switching(self) -> bool:
@@ -189,6 +197,8 @@ class GuestModel:
                 # A write that failed, or goes on, may have come before it or not: any value that may stand there may stay.
                 values = tuple(dict.fromkeys((_ZERO, *self.readable(sector))))
             history.append(_Values(self._serial, values, acknowledged=False))
+            if self._other is not None:
+                self._other_written.setdefault(sector, set()).update(values)
         return self._serial
 
     def _of(self, sector: int) -> list[_Values]:

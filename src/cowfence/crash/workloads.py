@@ -199,27 +199,34 @@ def interleaved(images: Sequence[ImageSpec]) -> Iterator[Case]:
 
 
 def faulted(images: Sequence[ImageSpec]) -> Iterator[Case]:
-    """Every change and fence of the covering sequences fails: with each error, once and for good, having arrived or not."""
+    """Every change and fence of the covering sequences fails: with each error, once and for good, having arrived or not. What
+    changes the image as a whole comes after a discard, too: so it begins with a commit that frees something."""
     for image in images:
+        write = Step("write", (AGED["free"] + 1) * image.cluster_bytes, image.cluster_bytes)
         for first in covering_steps(image):
             if first.verb in ("kill", "repair", "reopen", "read", "flush"):
                 continue
-            script = (first, FLUSH, Step("write", (AGED["free"] + 1) * image.cluster_bytes, image.cluster_bytes), FLUSH)
-            recording = _recorded(Case(image, script))
-            if recording is None:
-                yield Case(image, script)
-                continue
-            marks = [getattr(entry, "mark", "open.fence") for entry in recording.entries]
-            total = sum(1 for mark in marks if mark != "open.fence")
-            for nth in range(1, total + 1):
-                for error, for_good, arrived in (
-                    ("EIO", False, "nothing"),
-                    ("EIO", True, "half"),
-                    ("ENOSPC", False, "half"),
-                    ("ENOSPC", True, "nothing"),
-                    ("EIO", False, "all"),
-                ):
-                    yield Case(image, script, fault=Fault(nth, error, for_good, arrived))
+            yield from _faulted(image, (first, FLUSH, write, FLUSH))
+            if not OPERATIONS[first.verb].places:
+                yield from _faulted(image, (Step("discard", 0, image.cluster_bytes), first, FLUSH, write, FLUSH))
+
+
+def _faulted(image: ImageSpec, script: tuple[Step, ...]) -> Iterator[Case]:
+    recording = _recorded(Case(image, script))
+    if recording is None:
+        yield Case(image, script)
+        return
+    marks = [getattr(entry, "mark", "open.fence") for entry in recording.entries]
+    total = sum(1 for mark in marks if mark != "open.fence")
+    for nth in range(1, total + 1):
+        for error, for_good, arrived in (
+            ("EIO", False, "nothing"),
+            ("EIO", True, "half"),
+            ("ENOSPC", False, "half"),
+            ("ENOSPC", True, "nothing"),
+            ("EIO", False, "all"),
+        ):
+            yield Case(image, script, fault=Fault(nth, error, for_good, arrived))
 
 
 def nested(images: Sequence[ImageSpec]) -> Iterator[Case]:
