@@ -18,10 +18,11 @@ from cowfence.storage.memory import MemoryStorage
 from cowfence.storage.wrapper import StorageWrapper
 from cowfence.units import KIB, MIB
 
-CLUSTER = 4 * KIB
-DISK_BYTES = 32 * MIB
-OLD, NEW = 40 * CLUSTER, 2500 * CLUSTER
-"""More clusters than one refcount block counts."""
+CLUSTER = 512
+DISK_BYTES = MIB
+OLD, NEW = 40 * CLUSTER, 600 * CLUSTER
+"""More clusters than one refcount block counts (256)."""
+START, LATER = 256 * KIB, 640 * KIB
 
 
 class Watched(StorageWrapper):
@@ -61,7 +62,7 @@ def storage() -> Watched:
 def disk(storage: Watched) -> Qcow2Disk:
     disk = open_image(storage, backing=None, writable=True, options=Options(commit_interval=None))
     disk.write(0, b"o" * OLD)
-    disk.write(MIB, b"f" * NEW)
+    disk.write(START, b"f" * NEW)
     disk.flush()
     return disk
 
@@ -72,7 +73,7 @@ def _snapshot(disk: Qcow2Disk) -> None:
 
 def _snapshot_and_apply(disk: Qcow2Disk) -> None:
     create_snapshot(disk, "s")
-    disk.discard(MIB, OLD)
+    disk.discard(START, OLD)
     apply_snapshot(disk, "s")
 
 
@@ -87,7 +88,7 @@ def test_counts_that_reclaim_could_not_write_do_not_come_late(
 ) -> None:
     """They stood in memory beside what the alteration wrote straight, and were written over it by the next flush."""
     if reclaim == 2:
-        disk.discard(MIB + NEW - OLD, OLD)
+        disk.discard(START + NEW - OLD, OLD)
         disk.flush()
     disk.discard(0, OLD)
     storage.fail = "refcount.decrement"
@@ -95,17 +96,17 @@ def test_counts_that_reclaim_could_not_write_do_not_come_late(
     assert not storage.fail
     assert not disk._state.pending
     kept = disk.read(0, DISK_BYTES)
-    disk.write(MIB, b"N" * (NEW // 2))
-    disk.write(20 * MIB, b"M" * NEW)
+    disk.write(START, b"N" * (NEW // 2))
+    disk.write(LATER, b"M" * NEW)
     disk.flush()
-    assert disk.read(20 * MIB, NEW) == b"M" * NEW
-    assert disk.read(MIB, NEW // 2) == b"N" * (NEW // 2)
-    assert disk.read(MIB + NEW // 2, NEW // 2) == kept[MIB + NEW // 2 : MIB + NEW]
+    assert disk.read(LATER, NEW) == b"M" * NEW
+    assert disk.read(START, NEW // 2) == b"N" * (NEW // 2)
+    assert disk.read(START + NEW // 2, NEW // 2) == kept[START + NEW // 2 : START + NEW]
     disk.close()
     assert fatal_findings(storage.memory.snapshot()) == []
     if alteration is not _compact:
         with open_image(MemoryStorage(storage.memory.snapshot(), "image"), backing=None, writable=False, snapshot="s") as then:
-            assert then.read(MIB, NEW // 2) == b"f" * (NEW // 2)
+            assert then.read(START, NEW // 2) == b"f" * (NEW // 2)
 
 
 @pytest.mark.parametrize("mark", ["refcount.increment", "snapshot_l1.new", "header.link"])
@@ -127,7 +128,7 @@ def test_closing_waits_for_an_alteration(disk: Qcow2Disk, storage: Watched, mark
     assert not closing.is_alive()
     assert fatal_findings(storage.memory.snapshot()) == []
     with open_image(MemoryStorage(storage.memory.snapshot(), "image"), backing=None, writable=False, snapshot="s") as then:
-        assert then.read(MIB, NEW) == b"f" * NEW
+        assert then.read(START, NEW) == b"f" * NEW
 
 
 def test_an_alteration_that_comes_after_closing_is_refused(disk: Qcow2Disk) -> None:
