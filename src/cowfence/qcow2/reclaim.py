@@ -121,27 +121,31 @@ class ClusterReclaimer:
             except CowfenceError:
                 continue
 
-    def end_ticket(self, ticket: int, body: Callable[[], None] = lambda: None) -> None:
+    def end_ticket(self, ticket: int, body: Callable[[], None] | None = None) -> None:
         """A ticket ends, and what waited for it is released. ``body`` is called under the lock, before.
 
         Whoever waits for all tickets, to alter the image or to close it, waits for the release too: it may punch clusters that
         another allocator would find free.
         """
-        state = self.state
+        state, tickets, waiting = self.state, self.state.tickets, True
         try:
             with state.lock:
                 try:
-                    body()
+                    if body is not None:
+                        body()
                 finally:
-                    state.tickets.end(ticket)
+                    tickets.end(ticket)
+                    # What comes from now on is released by who brings it: this ticket has ended.
+                    waiting = bool(self._quarantine)
+                    if not waiting:
+                        tickets.settle(ticket)
         finally:
-            try:
-                # What comes from now on is released by who brings it: this ticket has ended.
-                if self._quarantine:
+            if waiting:
+                try:
                     self.release()
-            finally:
-                with state.lock:
-                    state.tickets.settle(ticket)
+                finally:
+                    with state.lock:
+                        tickets.settle(ticket)
 
     def start_anew(self) -> None:
         """Under the lock: the tables are read again, and who reads the counts finds free what waited here."""
