@@ -86,18 +86,24 @@ def test_everything_arrives_where_it_belongs(server: Server, storage: SlowStorag
     assert any(name.startswith("nbd-") for name in storage.threads)
 
 
+def _sending(client: BareClient, count: int, fill: bytes) -> threading.Thread:
+    """A thread that sends so many writes of a MiB, without waiting for replies."""
+
+    def send() -> None:
+        for number in range(count):
+            client.send(Command.WRITE, number, offset=number * MIB, length=MIB, data=fill * MIB)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
 @pytest.mark.usefixtures("server")
 def test_others_are_served_meanwhile(storage: SlowStorage, tmp_path: Path) -> None:
     storage.seconds = 0.3
     storage.bytes[-512:] = b"y" * 512
     with BareClient(tmp_path / "sock") as long, BareClient(tmp_path / "sock") as short:
-
-        def send() -> None:
-            for number in range(4):
-                long.send(Command.WRITE, number, offset=number * MIB, length=MIB, data=b"x" * MIB)
-
-        sender = threading.Thread(target=send)
-        sender.start()
+        sender = _sending(long, 4, b"x")
         eventually(lambda: bool(storage.threads), "nothing was begun")
         began = time.monotonic()
         for _ in range(10):
@@ -113,13 +119,7 @@ def test_who_sends_many_does_not_fill_the_queue(server: Server, storage: SlowSto
     storage.seconds = 0.05
     done: list[float] = []
     with BareClient(tmp_path / "sock") as greedy, BareClient(tmp_path / "sock") as other:
-
-        def send() -> None:
-            for number in range(30):
-                greedy.send(Command.WRITE, number, offset=number * MIB, length=MIB, data=b"g" * MIB)
-
-        sender = threading.Thread(target=send)
-        sender.start()
+        sender = _sending(greedy, 30, b"g")
         eventually(lambda: len(storage.marks) > 2, "nothing was begun")
         began = time.monotonic()
         other.send(Command.WRITE, offset=31 * MIB, length=MIB, data=b"o" * MIB)
